@@ -1,0 +1,95 @@
+"""attend(q, k, v): the one definition of attention by which every faster or sparser variant is judged.
+
+    scores = scale * q k^T        (capped: c * tanh(scores / c))
+    visible(i, j) = k_position_j <= q_position_i  and, with a window W,  k_position_j > q_position_i - W
+    out = softmax(scores where visible) v
+
+Query head h reads key-value head h // (H / Hk): repeat-interleave order, never h % Hk. Positions are explicit, so a
+cache that evicts or reorders keys needs no other mask. Vaswani et al. 2017, "Attention Is All You Need",
+arXiv:1706.03762, Eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Lesson: lessons/01-forward-pass.md.
+"""
+
+import numpy as np
+
+from refllm.kernels.nn import softmax
+
+
+def visible(q_positions: np.ndarray, k_positions: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Which keys each query may see.
+
+    Parameters
+    ----------
+    q_positions : (..., T) integer
+    k_positions : (..., S) integer
+    window : int, optional
+        Keys seen at most, the query's own position included.
+
+    Returns
+    -------
+    (..., T, S) bool
+
+    Examples
+    --------
+    >>> visible(np.arange(3), np.arange(3), window=2).astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    distance = q_positions[..., :, None] - k_positions[..., None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_positions: np.ndarray,
+    k_positions: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
+    """Causal grouped-query attention, written out.
+
+    Parameters
+    ----------
+    q : (..., H, T, D) float32 or float64, rotated
+    k : (..., Hk, S, D), v : (..., Hk, S, Dv)
+        Hk divides H.
+    q_positions : (T,) integer
+    k_positions : (S,) integer, or (Hk, S) where a cache keeps other tokens in each head
+    scale : float
+    window : int, optional
+        Keys visible to a query, itself included.
+    softcap : float, optional
+        Scores become softcap * tanh(scores / softcap), before the mask.
+
+    Returns
+    -------
+    (..., H, T, Dv); a query that sees no key gives zeros
+
+    Raises
+    ------
+    ValueError
+        Head counts that do not divide.
+
+    Examples
+    --------
+    >>> one = np.ones((1, 2, 1))
+    >>> attend(one, one, np.array([[[0.0], [4.0]]]), np.arange(2), np.arange(2), scale=1.0)[0, :, 0].tolist()
+    [0.0, 2.0]
+    """
+    *batch, heads, queries, dim = q.shape
+    kv_heads = k.shape[-3]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
+    # Queries that share a key-value head are stacked: one matrix product per key-value head.  # (..., Hk, g*T, D)
+    stacked = q.reshape(*batch, kv_heads, heads // kv_heads * queries, dim)
+    scores = np.matmul(stacked, np.swapaxes(k, -1, -2)) * q.dtype.type(scale)  # (..., Hk, g*T, S)
+    if softcap is not None:
+        scores = q.dtype.type(softcap) * np.tanh(scores / q.dtype.type(softcap))
+    scores = scores.reshape(*batch, kv_heads, heads // kv_heads, queries, k.shape[-2])
+    if k_positions.ndim == 2:
+        k_positions = k_positions[:, None, :]  # (Hk, 1, S): every query head of the group sees the same keys
+    scores = np.where(visible(q_positions, k_positions, window), scores, -np.inf).astype(q.dtype, copy=False)
+    weights = softmax(scores).reshape(*batch, kv_heads, -1, k.shape[-2])
+    return np.matmul(weights, v).reshape(*batch, heads, queries, v.shape[-1])

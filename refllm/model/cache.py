@@ -1,0 +1,131 @@
+"""The key-value cache, with a slot for every method that shrinks it.
+
+A cache is one *store* per layer. A store is any object with
+
+    extend(k, v, positions, queries) -> (K, V, key_positions)   take new tokens, return what this call attends over
+    truncate(length)                                            forget every token at position >= length
+    nbytes                                                      bytes of everything it keeps
+    pre_rope                                                    True: keys come unrotated, the caller rotates the result
+
+with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,) or
+(Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or merges
+tokens moves nothing else. Lesson: lessons/02-prefill-decode-cache.md.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+class DenseStore:
+    """Keeps every key and value as they come, in arrays that double when full.
+
+    Parameters
+    ----------
+    dtype : numpy dtype, optional
+        Stored type; None keeps the type of the first keys. float16 halves the cache; keys and values return widened.
+    """
+
+    pre_rope = False
+
+    def __init__(self, dtype=None):
+        self.dtype = dtype
+        self.length = 0
+        self._k = self._v = self._positions = None
+
+    def extend(self, k, v, positions, queries=None):
+        """Append T tokens; return views of all S = length tokens. See the module docstring for shapes."""
+        end = self.length + k.shape[-2]
+        if self._k is None:
+            self._k, self._v = (np.empty((*x.shape[:-2], 0, x.shape[-1]), self.dtype or x.dtype) for x in (k, v))
+            self._positions = np.empty(0, np.int64)
+        if end > self._k.shape[-2]:
+            room = max(end, 2 * self._k.shape[-2], 16)
+            self._k, self._v = (_grown(x, room, axis=-2) for x in (self._k, self._v))
+            self._positions = _grown(self._positions, room, axis=0)
+        self._k[..., self.length : end, :] = k
+        self._v[..., self.length : end, :] = v
+        self._positions[self.length : end] = positions
+        self.length = end
+        K, V = self._k[..., :end, :], self._v[..., :end, :]
+        return K.astype(k.dtype, copy=False), V.astype(v.dtype, copy=False), self._positions[:end]
+
+    def truncate(self, length):
+        """Forget the tokens at positions >= length (a rejected draft); positions are appended in order."""
+        if self._positions is not None:
+            self.length = int(np.searchsorted(self._positions[: self.length], length))
+
+    @property
+    def nbytes(self):
+        """Bytes of the stored keys and values; room kept for growth does not count."""
+        if self._k is None:
+            return 0
+        return self._k[..., : self.length, :].nbytes + self._v[..., : self.length, :].nbytes
+
+
+def _grown(x: np.ndarray, room: int, axis: int) -> np.ndarray:
+    shape = list(x.shape)
+    shape[axis] = room
+    bigger = np.empty(shape, x.dtype)
+    bigger[(Ellipsis, slice(x.shape[axis]), slice(None)) if axis == -2 else slice(x.shape[0])] = x
+    return bigger
+
+
+class KVCache:
+    """One store per layer and the number of tokens seen.
+
+    Parameters
+    ----------
+    num_layers : int
+    context_length : int
+        Positions the model was made for; the forward pass refuses to go beyond.
+    policy : callable, optional
+        `policy(layer) -> store`; None keeps everything (`DenseStore`).
+
+    Attributes
+    ----------
+    length : int
+        Tokens seen so far = position of the next token, whatever the stores have kept of them.
+    stores : list
+    """
+
+    def __init__(self, num_layers: int, context_length: int, policy: Callable | None = None):
+        self.stores = [DenseStore() if policy is None else policy(layer) for layer in range(num_layers)]
+        self.context_length = context_length
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers store now."""
+        return sum(store.nbytes for store in self.stores)
+
+    def truncate(self, length: int) -> None:
+        """Roll back to the first `length` tokens.
+
+        Raises
+        ------
+        ValueError
+            A length above the tokens seen, or a store that cannot bring back what it has given up.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll the cache back to {length} tokens: it has seen {self.length}")
+        for store in self.stores:
+            store.truncate(length)
+        self.length = length
+
+
+def new_cache(model, policy: Callable | None = None) -> KVCache:
+    """An empty cache for `forward(model, ids, cache=...)`.
+
+    Parameters
+    ----------
+    model : Model
+    policy : callable, optional
+        `policy(layer) -> store`. None takes the model's own (`kivi` in its recipe, say), else the dense cache.
+
+    Returns
+    -------
+    KVCache
+    """
+    config = model.config
+    return KVCache(config.num_layers, config.context_length, policy or model.runtime.cache_policy)

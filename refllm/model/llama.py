@@ -1,0 +1,203 @@
+"""The forward pass: one decoder block, written once, for Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 3.
+
+    x = E[ids]
+    for each layer:   x += o( attend(rope(q(norm(x))), rope(k(norm(x))), v(norm(x))) )
+                      x += down( act(gate(norm(x))) * up(norm(x)) )
+    logits = head(norm(x))
+
+What differs between architectures is data in ModelConfig. Three arguments are the seams every later method uses:
+`cache` (what is kept of keys and values), `attend` (how they are read), `observe` (what calibration sees); packed
+weights need none, because `matmul` is the one place that knows them. Lesson: lessons/01-forward-pass.md.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from refllm.kernels import attention
+from refllm.kernels.nn import ACTIVATIONS, rms_norm
+from refllm.kernels.packed import matmul, rows
+from refllm.kernels.rope import cos_sin, rotate
+from refllm.model.cache import KVCache
+from refllm.model.config import ModelConfig
+from refllm.model.model import Model
+
+
+def forward(
+    model: Model,
+    ids,
+    *,
+    cache: KVCache | None = None,
+    attend: Callable | None = None,
+    observe: Callable | None = None,
+    last_only: bool = False,
+) -> np.ndarray:
+    """Logits of every position: prefill without a cache, or prefill, chunked prefill and decode through one.
+
+    Parameters
+    ----------
+    model : Model
+    ids : (T,) or (B, T) integers
+        Token ids; a batch holds sequences of one length.
+    cache : KVCache, optional
+        From `new_cache(model)`. The ids continue what it has seen, and it is extended in place.
+    attend : callable, optional
+        Same call as `refllm.kernels.attention.attend`; None takes the model's own.
+    observe : callable, optional
+        Called as observe(names, x) with the input x (B, T, in) that the linears `names` share, before each product.
+    last_only : bool
+        Compute the head for the last position only (all that decoding needs); the logits then have T = 1.
+
+    Returns
+    -------
+    (T, V) or (B, T, V); float32, or float64 where the weights are float64
+
+    Raises
+    ------
+    ValueError
+        No ids, ids outside the vocabulary, more positions than the context.
+    """
+    config = model.config
+    ids = check_ids(ids, config.vocab_size)
+    start = 0 if cache is None else cache.length
+    limit = config.context_length
+    if start + ids.shape[-1] > limit:
+        raise ValueError(
+            f"the context of {limit} tokens is full: {start} seen, {ids.shape[-1]} more given; shorten the prompt"
+        )
+    x = embed(model, np.atleast_2d(ids))  # (B, T, d)
+    positions = np.arange(start, start + ids.shape[-1])
+    for layer in range(config.num_layers):
+        store = None if cache is None else cache.stores[layer]
+        x = block(model, layer, x, positions, store=store, attend=attend, observe=observe)
+    if cache is not None:
+        cache.length = start + ids.shape[-1]
+    if last_only:
+        x = x[:, -1:]
+    logits = head(model, x, observe)
+    return logits[0] if ids.ndim == 1 else logits
+
+
+def check_ids(ids, vocab_size: int) -> np.ndarray:
+    """Token ids as an int64 array (T,) or (B, T), or a ValueError that says what is wrong with them."""
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise ValueError("no token ids: give at least one (an empty prompt needs a BOS token)")
+    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers of shape (T,) or (B, T), got {ids.dtype} of shape {ids.shape}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise ValueError(f"token id {wrong} is outside the vocabulary 0..{vocab_size - 1}")
+    return ids.astype(np.int64)
+
+
+def embed(model: Model, ids: np.ndarray) -> np.ndarray:
+    """Token vectors (B, T, d) of ids (B, T)."""
+    x = rows(model.weights["model.embed_tokens.weight"], ids)
+    scale = model.config.embedding_scale
+    return x if scale == 1.0 else x * x.dtype.type(scale)
+
+
+def head(model: Model, x: np.ndarray, observe: Callable | None = None) -> np.ndarray:
+    """Logits (B, T, V) of hidden states (B, T, d): final norm, head (the embedding where tied), soft-cap."""
+    config, weights = model.config, model.weights
+    x = rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
+    name = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+    if observe is not None:
+        observe((name,), x)
+    logits = matmul(x, weights[name], model.runtime.activations)
+    cap = config.logit_softcap
+    return logits if cap is None else logits.dtype.type(cap) * np.tanh(logits / logits.dtype.type(cap))
+
+
+def block(
+    model: Model,
+    layer: int,
+    x: np.ndarray,
+    positions: np.ndarray,
+    *,
+    store=None,
+    attend: Callable | None = None,
+    observe: Callable | None = None,
+) -> np.ndarray:
+    """One decoder layer: hidden states (B, T, d) in, (B, T, d) out; a new array.
+
+    Parameters
+    ----------
+    layer : int
+    positions : (T,) integer
+        Absolute positions of the T tokens.
+    store : optional
+        The layer's store in the cache (`refllm.model.cache`).
+    attend, observe :
+        As in `forward`.
+    """
+    config, prefix = model.config, f"model.layers.{layer}."
+    norm = lambda name, h: rms_norm(h, model.weights[prefix + name], config.norm_eps, config.norm_offset)
+
+    h = _attention(model, layer, norm("input_layernorm.weight", x), positions, store, attend, observe)
+    if config.post_norms:  # Gemma normalises what each branch returns, too
+        h = norm("post_attention_layernorm.weight", h)
+    x = x + h
+    before_mlp = "pre_feedforward_layernorm.weight" if config.post_norms else "post_attention_layernorm.weight"
+    h = _mlp(model, prefix + "mlp.", norm(before_mlp, x), observe)
+    if config.post_norms:
+        h = norm("post_feedforward_layernorm.weight", h)
+    return x + h
+
+
+def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callable | None) -> list[np.ndarray]:
+    """The products of one input with several weights, each with its bias where the checkpoint has one."""
+    names = tuple(name + ".weight" for name in names)
+    if observe is not None:
+        observe(names, x)
+    out = []
+    for name in names:
+        y = matmul(x, model.weights[name], model.runtime.activations)
+        bias = model.weights.get(name.removesuffix("weight") + "bias")
+        out.append(y if bias is None else y + bias)
+    return out
+
+
+def _attention(model, layer, x, positions, store, attend, observe):
+    config, prefix = model.config, f"model.layers.{layer}.self_attn."
+    batch, tokens, _ = x.shape
+    q, k, v = _linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
+    heads = lambda y: y.reshape(batch, tokens, -1, config.head_dim).swapaxes(1, 2)  # (B, heads, T, D)
+    q, k, v = heads(q), heads(k), heads(v)
+    if config.qk_norm:  # before the rotation; v is never normed
+        q = rms_norm(q, model.weights[prefix + "q_norm.weight"], config.norm_eps, config.norm_offset)
+        k = rms_norm(k, model.weights[prefix + "k_norm.weight"], config.norm_eps, config.norm_offset)
+    rope = config.layer_rope(layer)
+    cos, sin = cos_sin(rope, config.head_dim, positions, x.dtype)
+    q = rotate(q, cos, sin)
+    pre_rope = store is not None and store.pre_rope
+    if not pre_rope:
+        k = rotate(k, cos, sin)
+    key_positions = positions
+    if store is not None:
+        k, v, key_positions = store.extend(k, v, positions, q)
+    if pre_rope:
+        k = rotate(k, *cos_sin(rope, config.head_dim, key_positions, x.dtype))
+    out = (attend or model.runtime.attend or attention.attend)(
+        q,
+        k,
+        v,
+        positions,
+        key_positions,
+        scale=attention_scale(config),
+        window=config.window(layer),
+        softcap=config.attention_softcap,
+    )
+    out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H*D)
+    return _linear(model, (prefix + "o_proj",), out, observe)[0]
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """What scores are multiplied by: head_dim ** -0.5 unless the architecture says otherwise (Gemma)."""
+    return config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+
+
+def _mlp(model, prefix, x, observe):
+    gate, up = _linear(model, (prefix + "gate_proj", prefix + "up_proj"), x, observe)
+    return _linear(model, (prefix + "down_proj",), ACTIVATIONS[model.config.activation](gate) * up, observe)[0]
