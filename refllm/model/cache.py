@@ -8,8 +8,8 @@ A cache is one *store* per layer. A store is any object with
     pre_rope                                                    True: keys come unrotated, the caller rotates the result
 
 with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,) or
-(Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or merges
-tokens moves nothing else. Lesson: lessons/02-prefill-decode-cache.md.
+(Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or
+merges tokens moves nothing else. Lesson: lessons/02-prefill-decode-cache.md.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,7 @@ class DenseStore:
 
     def extend(self, k, v, positions, queries=None):
         """Append T tokens; return views of all S = length tokens. See the module docstring for shapes."""
+        self.truncate(positions[0])  # nothing to forget, unless an earlier call was interrupted half-way
         end = self.length + k.shape[-2]
         if self._k is None:
             self._k, self._v = (np.empty((*x.shape[:-2], 0, x.shape[-1]), self.dtype or x.dtype) for x in (k, v))
@@ -86,6 +87,8 @@ class KVCache:
     ----------
     length : int
         Tokens seen so far = position of the next token, whatever the stores have kept of them.
+    batch : int or None
+        Sequences side by side, fixed by the first call.
     stores : list
     """
 
@@ -93,6 +96,13 @@ class KVCache:
         self.stores = [DenseStore() if policy is None else policy(layer) for layer in range(num_layers)]
         self.context_length = context_length
         self.length = 0
+        self.batch = None
+
+    def check_batch(self, batch: int) -> None:
+        """Fix the batch size at the first call; raise a ValueError where a later one brings another."""
+        if self.batch not in (None, batch):
+            raise ValueError(f"the cache holds a batch of {self.batch}, got {batch}: use a new cache for another batch")
+        self.batch = batch
 
     @property
     def nbytes(self) -> int:

@@ -55,7 +55,7 @@ def forward(
     Raises
     ------
     ValueError
-        No ids, ids outside the vocabulary, more positions than the context.
+        No ids, ids outside the vocabulary, more positions than the context, another batch size than the cache holds.
     """
     config = model.config
     ids = check_ids(ids, config.vocab_size)
@@ -65,7 +65,10 @@ def forward(
         raise ValueError(
             f"the context of {limit} tokens is full: {start} seen, {ids.shape[-1]} more given; shorten the prompt"
         )
-    x = embed(model, np.atleast_2d(ids))  # (B, T, d)
+    ids_2d = np.atleast_2d(ids)
+    if cache is not None:
+        cache.check_batch(len(ids_2d))
+    x = embed(model, ids_2d)  # (B, T, d)
     positions = np.arange(start, start + ids.shape[-1])
     for layer in range(config.num_layers):
         store = None if cache is None else cache.stores[layer]
@@ -80,7 +83,10 @@ def forward(
 
 def check_ids(ids, vocab_size: int) -> np.ndarray:
     """Token ids as an int64 array (T,) or (B, T), or a ValueError that says what is wrong with them."""
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:
+        raise ValueError("token ids are ragged: a batch must hold sequences of one length") from None
     if ids.size == 0:
         raise ValueError("no token ids: give at least one (an empty prompt needs a BOS token)")
     if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):

@@ -35,7 +35,7 @@ class Sampling:
     Raises
     ------
     ValueError
-        A value outside its range.
+        A value outside its range, a top_k or seed that is not an integer.
     """
 
     temperature: float = 0.0
@@ -53,6 +53,9 @@ class Sampling:
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+        for name, value in (("top_k", self.top_k), ("seed", self.seed)):
+            if not isinstance(value, int | np.integer) or value < 0:
+                raise ValueError(f"{name} must be an integer from 0, got {value!r}")
         if self.top_p == 0:
             raise ValueError("top_p must be above 0, got 0; temperature 0 is the greedy choice")
 
@@ -77,17 +80,19 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """
     if sampling.temperature == 0:
         return (np.arange(logits.shape[-1]) == np.argmax(logits, axis=-1)[..., None]).astype(np.float64)
-    p = np.exp(log_softmax(np.asarray(logits, np.float64) / sampling.temperature))
+    logits = np.asarray(logits, np.float64)
+    logits = logits - np.max(logits, axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):  # a temperature near 0 sends all but the largest to -inf, as it should
+        p = np.exp(log_softmax(logits / sampling.temperature))
     order = np.argsort(-p, axis=-1, kind="stable")  # equal probabilities: lowest id first
     ranked = np.take_along_axis(p, order, axis=-1)
     keep = np.ones(ranked.shape, bool)
     if sampling.top_k:
         keep[..., sampling.top_k :] = False
     if sampling.top_p < 1:
-        ranked_kept = np.where(keep, ranked, 0)
-        ranked_kept = ranked_kept / ranked_kept.sum(axis=-1, keepdims=True)
+        reached = np.cumsum(np.where(keep, ranked, 0), axis=-1)
         # A token stays if the tokens before it have not reached top_p yet: the one that crosses is kept.
-        keep &= np.cumsum(ranked_kept, axis=-1) - ranked_kept < sampling.top_p
+        keep[..., 1:] &= reached[..., :-1] < sampling.top_p * reached[..., -1:]
     keep &= ranked >= sampling.min_p * ranked[..., :1]
     kept = np.zeros_like(p)
     np.put_along_axis(kept, order, np.where(keep, ranked, 0), axis=-1)
@@ -124,10 +129,17 @@ def generate_ids(
         None takes the model's end-of-text ids; () never stops.
     on_prefill : callable, optional
         Called once when the prompt has been read, so that a caller can time the two phases apart.
+
+    Raises
+    ------
+    ValueError
+        At the first token: ids that are not (T,) integers inside the vocabulary, or longer than the context.
     """
     sampling = sampling or Sampling()
     stop_ids = model.config.eos_token_ids if stop_ids is None else stop_ids
     ids = check_ids(ids, model.config.vocab_size)
+    if ids.ndim != 1:
+        raise ValueError(f"generation takes one sequence of ids (T,), got shape {ids.shape}")
     if model.runtime.generate is not None:
         yield from model.runtime.generate(model, ids, max_tokens, sampling, stop_ids=stop_ids, on_prefill=on_prefill)
         return

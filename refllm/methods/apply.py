@@ -1,0 +1,173 @@
+"""compress: a recipe applied to a model; load: a model with the run-time stages of its recipe bound.
+
+Weight stages walk the layers with calibration inputs collected once per layer, earlier layers already compressed; each
+linear is handed to the stages in turn and its packed record takes its place. Run-time stages (cache, attention,
+generation) are bound to the model's `runtime`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
+
+import numpy as np
+
+from refllm.methods.recipes import RUNTIME_FAMILIES, WEIGHT_FAMILIES, Stage, parse
+from refllm.methods.record import Report, report
+from refllm.model import load as loading
+from refllm.model.model import Model
+from refllm.model.walk import layer_linears, walk
+
+
+def load(source, **options) -> Model:
+    """Load a model: a built-in name (`tiny`, `smollm2`), a Hugging Face folder, a .gguf file, or what `compress` saved.
+
+    Parameters
+    ----------
+    source : str or path
+    **options
+        `dtype` and `dense`, see `refllm.model.load.load`.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FormatError, ValueError, FileNotFoundError
+        In one line: what was expected, what came, how to mend it.
+    """
+    model = loading.load(source, **options)
+    return _bind_runtime(model, parse(model.recipe))
+
+
+def compress(
+    model: Model,
+    recipe: str,
+    calibration=None,
+    *,
+    on_report: Callable[[Report], None] | None = None,
+) -> Model:
+    """Apply a recipe and return a new model that stores, saves and runs packed.
+
+    Parameters
+    ----------
+    model : Model
+    recipe : str
+        See `refllm.methods.recipes`.
+    calibration : (T,) integer ids, optional
+        Needed by methods that look at activations; also gives `on_report` the output errors.
+    on_report : callable, optional
+        Called with the Report of every weight as it is done: progress, and the source of tables.
+
+    Returns
+    -------
+    Model
+        Shares the weights that no stage touched.
+
+    Raises
+    ------
+    RecipeError
+        An unknown method or key.
+    ValueError
+        Missing calibration, a weight that a method cannot take (its name stands in the message).
+
+    Examples
+    --------
+    >>> small = compress(load("tiny"), "rtn:bits=4,group=64")
+    >>> type(small.weights["model.layers.0.mlp.up_proj.weight"]).__name__
+    'IntWeight'
+    """
+    stages = parse(recipe)
+    weight_stages = [stage for stage in stages if stage.family in WEIGHT_FAMILIES]
+    recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
+    model = replace(model, weights=dict(model.weights), recipe=recipes)
+    if weight_stages:
+        _check_calibration(weight_stages, calibration)
+        plan = _plan(model, weight_stages)
+        if calibration is None:
+            for name, todo in plan.items():
+                _compress_weight(model, name, todo, None, on_report)
+        else:
+            for layer, stats in walk(model, np.asarray(calibration)):
+                for name in layer_linears(layer):
+                    if name in plan:
+                        _compress_weight(model, name, plan.pop(name), stats[name], on_report)
+            for name, todo in plan.items():  # embedding and head have no calibration inputs
+                _compress_weight(model, name, todo, None, on_report)
+    return _bind_runtime(model, stages)
+
+
+def _bind_runtime(model: Model, stages: list[Stage]) -> Model:
+    runtime = model.runtime
+    for stage in stages:
+        if stage.family in RUNTIME_FAMILIES:
+            runtime = replace(runtime, **{RUNTIME_FAMILIES[stage.family]: partial(stage.function, **stage.knobs)})
+    return replace(model, runtime=runtime)
+
+
+def _needs_stats(function: Callable) -> bool:
+    """A weight method whose `stats` has no default cannot do without calibration."""
+    return inspect.signature(function).parameters["stats"].default is inspect.Parameter.empty
+
+
+def _check_calibration(stages: list[Stage], calibration) -> None:
+    needy = [stage.method for stage in stages if _needs_stats(stage.function)]
+    if needy and calibration is None:
+        raise ValueError(f"{needy[0]} needs calibration tokens: pass calibration=ids, or --calibration FILE")
+
+
+def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
+    """Which stages each weight goes through; a pattern that matches nothing is an error."""
+    linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer)]
+    others = [n for n in ("model.embed_tokens.weight", "lm_head.weight") if n in model.weights]
+    plan: dict[str, list[Stage]] = {}
+    for stage in stages:
+        chosen = linears
+        if stage.only is not None:
+            chosen = [n for n in linears + others if fnmatch(n, f"*{stage.only}*")]
+            if not chosen:
+                raise ValueError(f"only={stage.only} matches no weight; names look like {linears[0]}")
+        for name in chosen:
+            plan.setdefault(name, []).append(stage)
+    return plan
+
+
+def _compress_weight(model, name, stages, stats, on_report) -> None:
+    original = model.weights[name]
+    dense = _dense(original)
+    record = dense
+    for i, stage in enumerate(stages):
+        try:
+            if i and is_dataclass(record):
+                record = _inside(record, stage)
+            else:
+                record = stage.function(_dense(record), stats, **stage.knobs)
+        except ValueError as error:
+            raise ValueError(f"{stage.method} cannot compress {name} {dense.shape}: {error}") from error
+    model.weights[name] = record
+    if on_report is not None:
+        on_report(report(name, dense, record, stats))
+
+
+def _inside(record, stage: Stage):
+    """Apply a further stage to the float matrices of a record: sparse values, low-rank factors."""
+    floats = {
+        f.name: getattr(record, f.name)
+        for f in fields(record)
+        if isinstance(getattr(record, f.name), np.ndarray)
+        and getattr(record, f.name).ndim == 2
+        and np.issubdtype(getattr(record, f.name).dtype, np.floating)
+    }
+    if type(record).__name__ == "IntWeight" or not floats:
+        raise ValueError(f"the weight is already a {record.kind} record, whose parts cannot be compressed further")
+    if _needs_stats(stage.function):
+        raise ValueError(f"it needs calibration inputs, which the parts of a {record.kind} record do not have")
+    return replace(
+        record, **{n: stage.function(x.astype(np.float32), None, **stage.knobs) for n, x in floats.items()}
+    )
+
+
+def _dense(weight) -> np.ndarray:
+    return weight if isinstance(weight, np.ndarray) else weight.dense()

@@ -1,0 +1,132 @@
+"""Recipes: `method[:key=value,...]` stages joined by `+`, resolved to functions by name.
+
+    rtn:bits=4,group=64            wanda:pattern=2:4+rtn:bits=4            awq:bits=4+kivi:bits=2
+
+A family's `__init__.py` lists its methods; a method's keyword-only parameters are its knobs, their annotations the
+types. Nothing is registered anywhere else.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+# Families in the order of the taxonomy, with what a stage of each changes.
+WEIGHT_FAMILIES = ("quant", "prune", "lowrank")
+RUNTIME_FAMILIES = {"kvcache": "cache_policy", "attention": "attend", "runtime": "generate"}
+FAMILIES = (*WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
+
+_SHORT_KEYS = {"group": "group_size"}
+# Keyword-only parameters that the caller of a family's function fills in, not the recipe.
+_CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng"}
+
+
+class RecipeError(ValueError):
+    """A recipe that names an unknown method or key, or a value of the wrong type."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Parameters
+    ----------
+    method : str
+    family : str
+    function : callable
+    knobs : dict
+        Keyword arguments for the function.
+    only : str or None
+        Glob on weight names (weight methods); None means the linears of all layers.
+    """
+
+    method: str
+    family: str
+    function: Callable
+    knobs: dict
+    only: str | None = None
+
+
+@cache
+def methods() -> dict[str, tuple[str, Callable]]:
+    """Every method that a recipe can name: name -> (family, function)."""
+    found = {}
+    for family in FAMILIES:
+        module = import_module(f"refllm.methods.{family}")
+        for name in module.__all__:
+            found[name] = (family, getattr(module, name))
+    return found
+
+
+def knobs(function: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a method that a recipe may set."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _CALL_PARAMETERS}
+
+
+def parse(recipe: str) -> list[Stage]:
+    """Parse and check a recipe; "" and "none" give no stage, the uncompressed model.
+
+    Raises
+    ------
+    RecipeError
+        In one line, with the names that exist.
+
+    Examples
+    --------
+    >>> [(stage.method, stage.knobs) for stage in parse("rtn:bits=4,group=64")]
+    [('rtn', {'bits': 4, 'group_size': 64})]
+    """
+    if recipe.strip() in ("", "none"):
+        return []
+    return [_stage(text.strip(), recipe) for text in recipe.split("+")]
+
+
+def _stage(text: str, recipe: str) -> Stage:
+    name, _, rest = text.partition(":")
+    if name not in methods():
+        raise RecipeError(f"unknown method {name!r} in recipe {recipe!r}; known: {', '.join(sorted(methods()))}")
+    family, function = methods()[name]
+    allowed = knobs(function)
+    values, only = {}, None
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        key = _SHORT_KEYS.get(key.strip(), key.strip())
+        if not equals:
+            raise RecipeError(f"{item!r} in recipe {recipe!r} is not key=value")
+        if key in values:
+            raise RecipeError(f"key {key!r} stands twice in recipe {recipe!r}")
+        if key == "only" and family in WEIGHT_FAMILIES:
+            only = value.strip()
+        elif key in allowed:
+            values[key] = _convert(value.strip(), allowed[key], name)
+        else:
+            known = [*allowed, *(["only"] if family in WEIGHT_FAMILIES else [])]
+            raise RecipeError(f"unknown key {key!r} for method {name!r}; known: {', '.join(known) or 'none'}")
+    return Stage(name, family, function, values, only)
+
+
+def _convert(text: str, parameter: inspect.Parameter, method: str):
+    """A knob's text as its annotated type: the first of int, float, bool, str in the annotation that takes it."""
+    wanted = [t.strip() for t in _annotation(parameter).split("|")]
+    for type_name in wanted:
+        if type_name == "bool" and text.lower() in ("true", "false", "yes", "no", "1", "0"):
+            return text.lower() in ("true", "yes", "1")
+        if type_name == "None" and text.lower() == "none":
+            return None
+        if type_name == "str":
+            return text
+        if type_name in ("int", "float"):
+            try:
+                return {"int": int, "float": float}[type_name](text)
+            except ValueError:
+                continue
+    raise RecipeError(f"{method}: {parameter.name} must be {' or '.join(wanted)}, got {text!r}")
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return type(parameter.default).__name__
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))

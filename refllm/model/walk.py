@@ -1,0 +1,68 @@
+"""walk: one decoder layer after another, with the inputs of its linears, earlier layers already compressed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from refllm.kernels.stats import Stats
+from refllm.model.llama import block, check_ids, embed
+from refllm.model.model import Model
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def layer_linears(layer: int) -> tuple[str, ...]:
+    """Weight names of the seven linears of one layer, in the order in which they run."""
+    return tuple(f"model.layers.{layer}.{name}.weight" for name in PROJECTIONS)
+
+
+def windows(ids: np.ndarray, length: int) -> np.ndarray:
+    """Cut a token stream into (n, length) windows; the tail is dropped, a stream shorter than a window is one window.
+
+    Examples
+    --------
+    >>> windows(np.arange(7), 3).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    length = min(length, len(ids))
+    return ids[: len(ids) // length * length].reshape(-1, length)
+
+
+def walk(model: Model, ids: np.ndarray, window: int = 512) -> Iterator[tuple[int, dict[str, Stats]]]:
+    """Yield (layer, {weight name: Stats}) for every layer.
+
+    The caller replaces entries of `model.weights` between two steps; the next layer's inputs then come from the
+    replaced weights. Linears inside one layer see that layer's original activations, as in SparseGPT and Wanda: the
+    statistics of all seven are collected in one pass. Linears that share an input share one Stats.
+
+    Parameters
+    ----------
+    model : Model
+        Its weight dictionary is read afresh at every step.
+    ids : (T,) integers
+        Calibration tokens, cut into windows of `window` tokens.
+    window : int
+    """
+    tokens = windows(check_ids(ids, model.config.vocab_size), min(window, model.config.context_length))
+    positions = np.arange(tokens.shape[1])
+    hidden = [embed(model, row[None]) for row in tokens]  # one window at a time bounds the memory of attention
+    for layer in range(model.config.num_layers):
+        seen: dict[tuple[str, ...], list[np.ndarray]] = {}
+        observe = lambda names, x, seen=seen: seen.setdefault(names, []).append(x.reshape(-1, x.shape[-1]))
+        for x in hidden:
+            block(model, layer, x, positions, observe=observe)
+        stats = {}
+        for names, inputs in seen.items():
+            shared = Stats(np.concatenate(inputs))
+            stats.update(dict.fromkeys(names, shared))
+        seen.clear()
+        yield layer, stats
+        hidden = [block(model, layer, x, positions) for x in hidden]
