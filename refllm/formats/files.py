@@ -56,7 +56,8 @@ def _plain(error: OSError, path: Path, temporary: Path) -> OSError:
     if error.errno not in _DISK_ERRORS and str(error.filename) != str(temporary):
         return error
     hint = "; free some space and try again, nothing was left behind" if error.errno in _DISK_ERRORS else ""
-    plain = OSError(f"cannot write {path}: {error.strerror}{hint}")
+    reason = error.strerror or getattr(error.__cause__, "strerror", None)  # of a file inside an atomic_folder
+    plain = OSError(f"cannot write {path}: {reason}{hint}")
     plain.errno = error.errno
     return plain
 
@@ -68,9 +69,9 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     Parameters
     ----------
     path : path
-        The final folder. It may be missing, empty, or a folder refllm wrote (it holds refllm.json): that is replaced.
+        The final folder: missing or empty, unless `overwrite`.
     overwrite : bool
-        Also replace any other model folder (one that holds config.json). Nothing else is ever deleted.
+        Replace a model folder (one that holds refllm.json or config.json). Nothing else is ever deleted.
 
     Yields
     ------
@@ -109,9 +110,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file; the output is a folder, give another name")
-    if not any(path.iterdir()) or (path / "refllm.json").exists():
+    if not any(path.iterdir()):
         return
-    if not (path / "config.json").exists():
+    if not any((path / name).exists() for name in ("refllm.json", "config.json")):
         raise FileExistsError(f"{path} is not empty and not a model folder; give another name or empty it yourself")
     if not overwrite:
         raise FileExistsError(f"{path} already holds a model; give another name or allow overwriting")

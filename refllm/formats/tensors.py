@@ -203,9 +203,11 @@ def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise FormatError("weight_map must map tensor names to file names", path=index, offset=0)
+    if not weight_map:
+        raise FormatError("weight_map names no tensor", path=index, offset=0)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if not file.endswith(".safetensors") or set(file) & set('/\\:\0') or file.startswith("."):
+        if not file.endswith(".safetensors") or set(file) & set("/\\:\0") or file.startswith("."):
             message = f"weight_map names {file!r}; a plain .safetensors name in this folder is expected"
             raise FormatError(message, path=index, offset=0)
         if not (folder / file).is_file():

@@ -106,9 +106,17 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     -------
     (...) float64
 
+    Raises
+    ------
+    ValueError
+        A target outside 0..V-1: a negative one would quietly count from the end.
+
     Examples
     --------
     >>> cross_entropy(np.zeros((1, 4)), np.array([2])).round(4).tolist()
     [1.3863]
     """
-    return -np.take_along_axis(log_softmax(logits), np.asarray(targets)[..., None], axis=-1)[..., 0]
+    targets = np.asarray(targets)
+    if targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[-1]:
+        raise ValueError(f"targets must be ids 0..{logits.shape[-1] - 1}, got {targets.min()}..{targets.max()}")
+    return -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]

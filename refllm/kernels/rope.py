@@ -36,12 +36,13 @@ class Rope:
     attention_factor : float, optional
         yarn: multiplies cos and sin; None means 0.1 ln(factor) + 1.
     freq_divisors : tuple of D/2 floats, optional
-        What a GGUF file stores as `rope_freqs.weight`; replaces `scaling`.
+        What a GGUF file stores as `rope_freqs.weight`; instead of `scaling`, never with it.
 
     Raises
     ------
     ValueError
-        An unknown scaling, a theta or factor that is not positive, a missing original context.
+        An unknown scaling, a theta or factor that is not positive, a missing original context, bounds of a ramp in the
+        wrong order, divisors beside a scaling.
     """
 
     theta: float
@@ -64,6 +65,14 @@ class Rope:
             raise ValueError(f"rope factor must be positive, got {self.factor}")
         if self.scaling in ("llama3", "yarn") and self.original_context <= 0:
             raise ValueError(f"rope scaling {self.scaling} needs original_context (tokens before scaling), got none")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.scaling == "llama3" and not low < high:
+            raise ValueError(f"rope low_freq_factor must be below high_freq_factor, got {low} and {high}")
+        fast, slow = self.beta_fast, self.beta_slow
+        if self.scaling == "yarn" and not (0 < slow < fast and self.theta > 1):
+            raise ValueError(f"yarn needs theta > 1 and beta_fast > beta_slow > 0, got {self.theta}, {fast} and {slow}")
+        if self.freq_divisors is not None and self.scaling is not None:
+            raise ValueError(f"give rope freq_divisors or scaling, not both (scaling is {self.scaling!r})")
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -78,6 +87,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     Returns
     -------
     (D/2,) float64, decreasing for the unscaled rope
+
+    Raises
+    ------
+    ValueError
+        freq_divisors of another length.
 
     Examples
     --------

@@ -7,17 +7,22 @@ generation) are bound to the model's `runtime`.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 
 import numpy as np
 
-from refllm.methods.recipes import RUNTIME_FAMILIES, WEIGHT_FAMILIES, Stage, parse
+from refllm.formats.errors import FormatError
+from refllm.kernels.packed.records import LowRank, Sparse24, SparseBitmask, is_record
+from refllm.methods.recipes import RUNTIME_FAMILIES, WEIGHT_FAMILIES, RecipeError, Stage, parse
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
 from refllm.model.model import Model
 from refllm.model.walk import layer_linears, walk
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOAT_PARTS = (Sparse24, SparseBitmask, LowRank)  # records that store floats, which a further stage can take
 
 
 def load(source, **options) -> Model:
@@ -39,7 +44,10 @@ def load(source, **options) -> Model:
         In one line: what was expected, what came, how to mend it.
     """
     model = loading.load(source, **options)
-    return _bind_runtime(model, parse(model.recipe))
+    try:
+        return _bind_runtime(model, parse(model.recipe))
+    except RecipeError as error:
+        raise FormatError(f"the stored recipe is not understood: {error}", path=source) from error
 
 
 def compress(
@@ -69,7 +77,7 @@ def compress(
     Raises
     ------
     RecipeError
-        An unknown method or key.
+        An unknown method or key, two stages that take the same place at run time.
     ValueError
         Missing calibration, a weight that a method cannot take (its name stands in the message).
 
@@ -80,6 +88,7 @@ def compress(
     'IntWeight'
     """
     stages = parse(recipe)
+    _check_runtime(stages, recipe)
     weight_stages = [stage for stage in stages if stage.family in WEIGHT_FAMILIES]
     recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
     model = replace(model, weights=dict(model.weights), recipe=recipes)
@@ -90,13 +99,23 @@ def compress(
             for name, todo in plan.items():
                 _compress_weight(model, name, todo, None, on_report)
         else:
-            for layer, stats in walk(model, np.asarray(calibration)):
+            if EMBEDDING in plan:  # before the walk, so that the layers see what it has become
+                _compress_weight(model, EMBEDDING, plan[EMBEDDING], None, on_report)
+            for layer, stats in walk(model, calibration):
                 for name in layer_linears(layer):
                     if name in plan:
-                        _compress_weight(model, name, plan.pop(name), stats[name], on_report)
-            for name, todo in plan.items():  # embedding and head have no calibration inputs
-                _compress_weight(model, name, todo, None, on_report)
+                        _compress_weight(model, name, plan[name], stats[name], on_report)
+            if HEAD in plan:
+                _compress_weight(model, HEAD, plan[HEAD], None, on_report)
     return _bind_runtime(model, stages)
+
+
+def _check_runtime(stages: list[Stage], recipe: str) -> None:
+    """Each run-time family has one place; a second stage would silently replace the first."""
+    for family in RUNTIME_FAMILIES:
+        same = [stage.method for stage in stages if stage.family == family]
+        if len(same) > 1:
+            raise RecipeError(f"recipe {recipe!r} has {len(same)} {family} stages ({', '.join(same)}); keep one")
 
 
 def _bind_runtime(model: Model, stages: list[Stage]) -> Model:
@@ -121,14 +140,17 @@ def _check_calibration(stages: list[Stage], calibration) -> None:
 def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
     """Which stages each weight goes through; a pattern that matches nothing is an error."""
     linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer)]
-    others = [n for n in ("model.embed_tokens.weight", "lm_head.weight") if n in model.weights]
+    others = [name for name in (EMBEDDING, HEAD) if name in model.weights]
     plan: dict[str, list[Stage]] = {}
     for stage in stages:
         chosen = linears
         if stage.only is not None:
-            chosen = [n for n in linears + others if fnmatch(n, f"*{stage.only}*")]
+            chosen = [n for n in linears + others if fnmatchcase(n, f"*{stage.only}*")]
             if not chosen:
                 raise ValueError(f"only={stage.only} matches no weight; names look like {linears[0]}")
+            blind = [n for n in others if n in chosen and _needs_stats(stage.function)]
+            if blind:
+                raise ValueError(f"{stage.method} needs calibration inputs, which {blind[0]} does not have")
         for name in chosen:
             plan.setdefault(name, []).append(stage)
     return plan
@@ -140,7 +162,7 @@ def _compress_weight(model, name, stages, stats, on_report) -> None:
     record = dense
     for i, stage in enumerate(stages):
         try:
-            if i and is_dataclass(record):
+            if i and is_record(record):
                 record = _inside(record, stage)
             else:
                 record = stage.function(_dense(record), stats, **stage.knobs)
@@ -152,21 +174,30 @@ def _compress_weight(model, name, stages, stats, on_report) -> None:
 
 
 def _inside(record, stage: Stage):
-    """Apply a further stage to the float matrices of a record: sparse values, low-rank factors."""
-    floats = {
-        f.name: getattr(record, f.name)
-        for f in fields(record)
-        if isinstance(getattr(record, f.name), np.ndarray)
-        and getattr(record, f.name).ndim == 2
-        and np.issubdtype(getattr(record, f.name).dtype, np.floating)
-    }
-    if type(record).__name__ == "IntWeight" or not floats:
-        raise ValueError(f"the weight is already a {record.kind} record, whose parts cannot be compressed further")
+    """Apply a further stage to the float arrays of a record: sparse values, low-rank factors.
+
+    The values of a bitmask record are one long row; they are handed over as [out, kept per row] where every row keeps
+    the same number, so that a group of a quantizer stays inside one row of the weight.
+    """
+    floats = {}
+    if isinstance(record, _FLOAT_PARTS):
+        floats = {name: getattr(record, name) for name in record.stored}
+        floats = {n: x for n, x in floats.items() if not is_record(x) and x.dtype.kind == "f"}
+    if not floats:
+        raise ValueError(f"the weight is already packed as {record.kind}, whose parts cannot be compressed further")
     if _needs_stats(stage.function):
         raise ValueError(f"it needs calibration inputs, which the parts of a {record.kind} record do not have")
-    return replace(
-        record, **{n: stage.function(x.astype(np.float32), None, **stage.knobs) for n, x in floats.items()}
-    )
+    done = {}
+    for name, x in floats.items():
+        x = x.astype(np.float32)
+        if x.ndim == 1:
+            rows = record.shape[0]
+            x = x.reshape(rows if x.size % rows == 0 else 1, -1)
+        try:
+            done[name] = stage.function(x, None, **stage.knobs)
+        except ValueError as error:
+            raise ValueError(f"its part {name} {x.shape}: {error}") from error
+    return replace(record, **done)
 
 
 def _dense(weight) -> np.ndarray:

@@ -18,6 +18,7 @@ RUNTIME_FAMILIES = {"kvcache": "cache_policy", "attention": "attend", "runtime":
 FAMILIES = (*WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
 
 _SHORT_KEYS = {"group": "group_size"}
+_TEXT_TYPES = {"int", "float", "bool", "str"}
 # Keyword-only parameters that the caller of a family's function fills in, not the recipe.
 _CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng"}
 
@@ -60,9 +61,10 @@ def methods() -> dict[str, tuple[str, Callable]]:
 
 
 def knobs(function: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a method that a recipe may set."""
+    """The keyword-only parameters of a method that a recipe may set: those that text can be turned into."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _CALL_PARAMETERS}
+    own = (p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _CALL_PARAMETERS)
+    return {p.name: p for p in own if _TEXT_TYPES & set(_types(p))}
 
 
 def parse(recipe: str) -> list[Stage]:
@@ -85,6 +87,7 @@ def parse(recipe: str) -> list[Stage]:
 
 def _stage(text: str, recipe: str) -> Stage:
     name, _, rest = text.partition(":")
+    name = name.strip()
     if name not in methods():
         raise RecipeError(f"unknown method {name!r} in recipe {recipe!r}; known: {', '.join(sorted(methods()))}")
     family, function = methods()[name]
@@ -95,10 +98,12 @@ def _stage(text: str, recipe: str) -> Stage:
         key = _SHORT_KEYS.get(key.strip(), key.strip())
         if not equals:
             raise RecipeError(f"{item!r} in recipe {recipe!r} is not key=value")
-        if key in values:
+        if key in values or (key == "only" and only is not None):
             raise RecipeError(f"key {key!r} stands twice in recipe {recipe!r}")
         if key == "only" and family in WEIGHT_FAMILIES:
             only = value.strip()
+            if not only:
+                raise RecipeError(f"only= in recipe {recipe!r} is empty; give a part of a weight's name, such as mlp")
         elif key in allowed:
             values[key] = _convert(value.strip(), allowed[key], name)
         else:
@@ -109,7 +114,7 @@ def _stage(text: str, recipe: str) -> Stage:
 
 def _convert(text: str, parameter: inspect.Parameter, method: str):
     """A knob's text as its annotated type: the first of int, float, bool, str in the annotation that takes it."""
-    wanted = [t.strip() for t in _annotation(parameter).split("|")]
+    wanted = _types(parameter)
     for type_name in wanted:
         if type_name == "bool" and text.lower() in ("true", "false", "yes", "no", "1", "0"):
             return text.lower() in ("true", "yes", "1")
@@ -125,8 +130,10 @@ def _convert(text: str, parameter: inspect.Parameter, method: str):
     raise RecipeError(f"{method}: {parameter.name} must be {' or '.join(wanted)}, got {text!r}")
 
 
-def _annotation(parameter: inspect.Parameter) -> str:
+def _types(parameter: inspect.Parameter) -> list[str]:
+    """The names in a parameter's annotation: `int | None` gives ["int", "None"]."""
     annotation = parameter.annotation
     if annotation is parameter.empty:
-        return type(parameter.default).__name__
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+        annotation = type(parameter.default)
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return [name.strip() for name in text.split("|")]

@@ -65,4 +65,4 @@ def _output_energy(W: np.ndarray, stats: Stats) -> float:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
+    return float(part / whole) if whole else float("inf" if part else 0)

@@ -59,7 +59,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
+            if type(value) is not int or value <= 0:  # bool is an int, too
                 raise ValueError(f"config {name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
@@ -69,8 +69,16 @@ class ModelConfig:
             raise ValueError(f"activation must be silu or gelu_tanh, got {self.activation!r}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
-        if any(self.sliding_layers) and not self.sliding_window:
+        if any(self.sliding_layers) and self.sliding_window is None:
             raise ValueError("sliding_layers are set but sliding_window is not")
+        if self.sliding_window is not None and not self.sliding_layers:
+            raise ValueError("sliding_window is set but sliding_layers do not say which layers slide")
+        for name in ("sliding_window", "attention_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"config {name} must be positive or None, got {value!r}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"config norm_eps must not be negative, got {self.norm_eps!r}")
 
     def window(self, layer: int) -> int | None:
         """Keys a query of this layer sees, itself included; None = all before it."""

@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from refllm.formats.errors import FormatError
-from refllm.formats.files import atomic_folder
-from refllm.formats.tensors import read_safetensors, write_safetensors
+from refllm.formats.files import atomic_folder, atomic_write, read_json
+from refllm.formats.tensors import StoredTensor, read_safetensors, write_safetensors
 from refllm.formats.tokenizer import load_tokenizer
 from refllm.kernels.packed.records import from_parts, meta, parts
 from refllm.kernels.rope import Rope
 from refllm.model.config import ModelConfig
 from refllm.model.model import Model
+from refllm.model.names import check_weights, expected_shapes
 
 FORMAT = "refllm/1"
+_KEYS = {"format": str, "name": str, "recipe": str, "config": dict, "weights": dict}
 
 
 def save_native(model: Model, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -32,7 +34,9 @@ def save_native(model: Model, folder: str | Path, *, overwrite: bool = False) ->
     ----------
     model : Model
     folder : path
-        Must not exist, be empty, or be a model folder of refllm with `overwrite`.
+        Missing or empty, unless `overwrite`.
+    overwrite : bool
+        Replace a model folder. Nothing else is ever deleted.
 
     Returns
     -------
@@ -57,7 +61,8 @@ def save_native(model: Model, folder: str | Path, *, overwrite: bool = False) ->
         write_safetensors(temporary / "model.safetensors", arrays)
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)
-        (temporary / "refllm.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        with atomic_write(temporary / "refllm.json", "w") as file:
+            json.dump(document, file, indent=1)
     return Path(folder)
 
 
@@ -67,47 +72,57 @@ def load_native(folder: str | Path) -> Model:
     Raises
     ------
     FormatError
-        Another format version, unknown kinds, missing, extra or malformed parts.
+        Another format version, unknown kinds, missing, extra or malformed parts, weights the config does not call for.
     """
     folder = Path(folder)
     path = folder / "refllm.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version, config, described = document["format"], document["config"], document["weights"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"not a refllm model description ({error})", path=path) from error
-    if version != FORMAT:
-        raise FormatError(f"format {version!r} is not {FORMAT!r}; compress the model again with this refllm", path=path)
-    arrays = read_safetensors(folder / "model.safetensors")
-    weights = {}
-    for name, description in described.items():
-        if description is None:
-            weights[name] = _take(arrays, name, folder)
-        else:
-            mine = [key for key in arrays if key.startswith(name + ".")]
-            found = {key.removeprefix(name + "."): arrays.pop(key) for key in mine}
-            details = dict(description)
-            try:
-                weights[name] = from_parts(details.pop("kind"), found, details)
-            except (ValueError, KeyError, TypeError) as error:
-                raise FormatError(f"weight {name}: {error}", path=folder) from error
-    if arrays:
-        raise FormatError(f"tensors that refllm.json does not describe: {', '.join(sorted(arrays)[:3])}", path=folder)
+    document = _document(path)
+    config = _config(document["config"], path)
+    tensors = read_safetensors(folder / "model.safetensors")[0]
+    weights = {name: _weight(name, about, tensors, folder) for name, about in document["weights"].items()}
+    if tensors:
+        raise FormatError(f"tensors that refllm.json does not describe: {', '.join(sorted(tensors)[:3])}", path=folder)
+    check_weights(expected_shapes(config), {name: weight.shape for name, weight in weights.items()}, path=folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    name, recipe = document.get("name", folder.name), document.get("recipe", "")
-    return Model(_config(config, path), weights, tokenizer, name, recipe=recipe)
+    return Model(config, weights, tokenizer, document["name"], recipe=document["recipe"])
 
 
-def _take(arrays: dict, name: str, folder: Path) -> np.ndarray:
-    if name not in arrays:
-        raise FormatError(f"tensor {name} is missing", path=folder / "model.safetensors")
-    return arrays.pop(name)
+def _document(path: Path) -> dict:
+    document = read_json(path)
+    if document.get("format") != FORMAT:
+        message = f"format {document.get('format')!r} is not {FORMAT!r}; compress the model again with this refllm"
+        raise FormatError(message, path=path)
+    if set(document) != set(_KEYS) or not all(isinstance(document[key], kind) for key, kind in _KEYS.items()):
+        expected = ", ".join(f"{key} ({kind.__name__})" for key, kind in _KEYS.items())
+        raise FormatError(f"exactly {expected} are expected, got {', '.join(document)}", path=path)
+    return document
+
+
+def _weight(name: str, description: object, tensors: dict[str, StoredTensor], folder: Path):
+    """One weight, its tensors taken out of `tensors`."""
+    if description is None:
+        if name not in tensors:
+            raise FormatError(f"tensor {name} is missing", path=folder / "model.safetensors")
+        array = tensors.pop(name).stored()
+        if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
+            raise FormatError(f"weight {name} must be finite float32 or float64, got {array.dtype}", path=folder)
+        return array
+    mine = [key for key in tensors if key.startswith(name + ".")]
+    found = {key.removeprefix(name + "."): tensors.pop(key).stored() for key in mine}
+    if not isinstance(description, dict):
+        raise FormatError(f"weight {name} must be described by an object or null", path=folder / "refllm.json")
+    details = dict(description)
+    try:
+        return from_parts(details.pop("kind", None), found, details)
+    except ValueError as error:
+        raise FormatError(f"weight {name}: {error}", path=folder) from error
 
 
 def _config(fields: dict, path: Path) -> ModelConfig:
     try:
-        ropes = {k: Rope(**_tuples(fields[k])) for k in ("rope", "rope_local") if fields.get(k)}
-        return ModelConfig(**{**_tuples(fields), **ropes})
+        rope = lambda key: Rope(**_tuples(dict(fields[key])))
+        local = None if fields.get("rope_local") is None else rope("rope_local")
+        return ModelConfig(**{**_tuples(fields), "rope": rope("rope"), "rope_local": local})
     except (TypeError, ValueError, KeyError) as error:
         raise FormatError(f"bad config: {error}", path=path) from error
 

@@ -81,10 +81,10 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.temperature == 0:
         return (np.arange(logits.shape[-1]) == np.argmax(logits, axis=-1)[..., None]).astype(np.float64)
     logits = np.asarray(logits, np.float64)
-    logits = logits - np.max(logits, axis=-1, keepdims=True)
+    below_top = logits - np.max(logits, axis=-1, keepdims=True)
     with np.errstate(over="ignore"):  # a temperature near 0 sends all but the largest to -inf, as it should
-        p = np.exp(log_softmax(logits / sampling.temperature))
-    order = np.argsort(-p, axis=-1, kind="stable")  # equal probabilities: lowest id first
+        p = np.exp(log_softmax(below_top / sampling.temperature))
+    order = np.argsort(-logits, axis=-1, kind="stable")  # equal logits: lowest id first
     ranked = np.take_along_axis(p, order, axis=-1)
     keep = np.ones(ranked.shape, bool)
     if sampling.top_k:

@@ -51,7 +51,10 @@ def walk(model: Model, ids: np.ndarray, window: int = 512) -> Iterator[tuple[int
         Calibration tokens, cut into windows of `window` tokens.
     window : int
     """
-    tokens = windows(check_ids(ids, model.config.vocab_size), min(window, model.config.context_length))
+    ids = check_ids(ids, model.config.vocab_size)
+    if ids.ndim != 1:
+        raise ValueError(f"calibration takes one stream of token ids (T,), got shape {ids.shape}; use ids.ravel()")
+    tokens = windows(ids, min(window, model.config.context_length))
     positions = np.arange(tokens.shape[1])
     hidden = [embed(model, row[None]) for row in tokens]  # one window at a time bounds the memory of attention
     for layer in range(model.config.num_layers):

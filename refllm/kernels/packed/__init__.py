@@ -1,0 +1,111 @@
+"""matmul(x, weight): the one place that knows how a weight is stored.
+
+    dense array      x @ weight.T in the arrays' own types (float64 stays float64)
+    packed record    decoded inside the product, by Numba kernels or, with REFLLM_KERNELS=numpy, by the NumPy text
+
+The NumPy text (reference.py) is the definition; a kernel may differ from it by the rounding of float32 sums only. float64
+activations always take the NumPy text. Records are described in records.py.
+"""
+
+import os
+
+import numpy as np
+
+from refllm.kernels.packed import reference
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.records import LowRank, Record, Sparse24, SparseBitmask, is_record
+
+ACTIVATIONS = ("float32", "int8")
+BACKENDS = ("numba", "numpy")
+
+
+def backend() -> str:
+    """What runs packed products: numba (default) or numpy, from the environment variable REFLLM_KERNELS, read at each call."""
+    name = os.environ.get("REFLLM_KERNELS", "") or "numba"
+    if name not in BACKENDS:
+        raise ValueError(f"REFLLM_KERNELS must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def has_codes(weight: object) -> bool:
+    """Whether a weight is stored as codes, so that int8 activations apply to it."""
+    inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask)) else weight
+    return isinstance(inner, (IntWeight, GGUFBlocks))
+
+
+def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float32") -> np.ndarray:
+    """x @ weight.T for any weight.
+
+    Parameters
+    ----------
+    x : (..., in) float32 or float64
+    weight : (out, in) array or record
+    activations : str
+        float32, or int8: x is rounded to int8 with one scale per token (per 32 columns beside GGUF blocks) wherever the
+        weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float activations; the factors
+        of a LowRank count one by one.
+
+    Returns
+    -------
+    (..., out) array of the type of x (of x and weight together when the weight is dense)
+
+    Raises
+    ------
+    ValueError
+        The widths differ, or activations is neither of the two.
+
+    Examples
+    --------
+    >>> matmul(np.ones((1, 2), np.float32), np.array([[1, 2], [3, 4], [5, 6]], np.float32)).tolist()
+    [[3.0, 7.0, 11.0]]
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    x = np.asarray(x)
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"activations of shape {x.shape} do not fit a weight with {weight.shape[1]} columns")
+    if not is_record(weight):
+        return x @ weight.T
+    if x.dtype not in (np.float32, np.float64):
+        raise ValueError(f"activations of a packed weight must be float32 or float64, got {x.dtype}")
+    if isinstance(weight, LowRank):
+        return matmul(matmul(x, weight.B, activations), weight.A, activations)
+    flat = x.reshape(-1, x.shape[-1])
+    rounded = activations == "int8" and has_codes(weight)
+    text = reference
+    if x.dtype == np.float32 and backend() == "numba":
+        from refllm.kernels.packed import fast as text  # imports numba: a dense model does without
+    y = text.matmul_int8(flat, weight) if rounded else text.matmul_float(flat, weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def rows(weight: np.ndarray | Record, ids: np.ndarray) -> np.ndarray:
+    """Rows of a weight: the embedding lookup. Only these rows are decoded.
+
+    Parameters
+    ----------
+    weight : (vocab, width) array or record
+    ids : (...) integer in [0, vocab)
+
+    Returns
+    -------
+    (..., width) float32, or the type of a dense weight
+
+    Raises
+    ------
+    ValueError
+        An id out of range, or not an integer.
+
+    Examples
+    --------
+    >>> rows(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([1, 1])).tolist()
+    [[3.0, 4.0], [3.0, 4.0]]
+    """
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise ValueError(f"ids must be integers, got {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= weight.shape[0]):
+        raise ValueError(f"ids must lie in [0, {weight.shape[0]}), got {ids.min()} to {ids.max()}")
+    if not is_record(weight):
+        return weight[ids]
+    return weight.rows(ids.reshape(-1)).reshape(*ids.shape, weight.shape[1])

@@ -1,0 +1,137 @@
+"""Compile Numba kernels once per machine: lazily, into a folder of the user's own that cannot be stale.
+
+Numba's own cache notices a changed kernel but not a changed helper in another file, keeps its files beside the sources, and
+stops on a damaged file. So the folder's name carries everything the machine code depends on (refllm, Numba and LLVM versions,
+a hash of every source file here, the processor and its features), every file in it has a checksum beside it, and a file
+without a matching one is thrown away before Numba sees it. Cache files are pickles: the folder is used only if it belongs to
+this user and nobody else may write to it. When there is no usable folder, kernels are compiled in each process.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+
+from refllm import __version__
+from refllm.formats.files import cache_dir
+
+_lock = threading.RLock()
+_announced = False
+
+
+def _target() -> str:
+    """The processor Numba compiles for."""
+    name = numba.config.CPU_NAME or llvm.get_host_cpu_name()
+    features = numba.config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
+    return f"{name}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def source_hash() -> str:
+    """A hash of every Python file beside this one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@cache
+def kernel_folder() -> Path | None:
+    """Where compiled kernels are kept; None if there is no safe place."""
+    versions = f"{__version__}-numba{numba.__version__}-llvmlite{llvmlite.__version__}"
+    folder = cache_dir() / "kernels" / f"{versions}-{source_hash()}-{_target()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _is_private(folder) or not os.access(folder, os.W_OK):
+            return None
+        discard_unsigned(folder)
+    except OSError:
+        return None
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    if not hasattr(os, "getuid"):
+        return True  # Windows: the profile folder is the user's own
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def discard_unsigned(folder: Path) -> int:
+    """Remove every cache file that its checksum does not vouch for, and return how many went."""
+    removed = 0
+    for path in [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]:
+        checksum = _checksum(path)
+        good = checksum.exists() and checksum.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+        if not good:
+            path.unlink(missing_ok=True)
+            checksum.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _sign(folder: Path) -> None:
+    """Write the checksum of every cache file whose checksum is missing or older."""
+    for path in [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        checksum = _checksum(path)
+        if not checksum.exists() or checksum.read_text() != digest:
+            temporary = checksum.with_name(f"{checksum.name}.{os.getpid()}")
+            temporary.write_text(digest)
+            temporary.replace(checksum)
+
+
+def _announce(name: str) -> None:
+    """One line, once per process, when a person is watching."""
+    global _announced
+    if not _announced and sys.stderr.isatty():
+        print(f"refllm: compiling {name} and what it needs (kept in {kernel_folder()})", file=sys.stderr)
+    _announced = True
+
+
+def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
+    """Compile one function for one signature, or load it from the cache.
+
+    Parameters
+    ----------
+    function : callable
+        Numba text. Never fastmath: sums keep their order.
+    signature : Numba signature
+    key : str
+        Distinguishes kernels made from one text (the value of a free variable).
+
+    Returns
+    -------
+    callable
+        Runs without the interpreter lock.
+    """
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
+    with _lock:
+        folder = kernel_folder()
+        if folder is None:
+            _announce(function.__name__)
+            return numba.njit([signature], **options)(function)
+        mine = folder / f"{function.__name__}{key}"
+        if not any(mine.rglob("*.nbc")):
+            _announce(function.__name__)
+        elsewhere = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(mine)
+        try:
+            compiled = numba.njit([signature], cache=True, **options)(function)
+            _sign(mine)
+        except (OSError, RuntimeError):  # a full or read-only disk: do without the cache
+            numba.config.CACHE_DIR = elsewhere
+            compiled = numba.njit([signature], **options)(function)
+        finally:
+            numba.config.CACHE_DIR = elsewhere
+        return compiled

@@ -1,0 +1,124 @@
+"""Packed weights: what a compressed layer stores, and nothing else.
+
+A record is a frozen dataclass. The fields named in `stored` are arrays (or records themselves, or None) and are exactly what
+is written to disk; the other fields are small integers and strings. A record that exists is valid: the constructor checks
+shapes, types and cheap ranges. Records compare by identity and their arrays must not be written to.
+
+    IntWeight      codes on an integer grid, one scale (and zero point) per group
+    GGUFBlocks     rows of GGUF blocks, as they lie in the file
+    Sparse24       two of every four columns, with 2-bit positions
+    SparseBitmask  the kept values in row-major order, one bit per weight saying where
+    LowRank        two factors; never multiplied out
+
+Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
+flattened name of such a part is `values.codes`.
+
+    parts(record)   {"codes": ..., "scale": ...}; a nested record's arrays are named "values.codes"
+    meta(record)    {"bits": 4, ...}; a nested record's own {"kind": ..., ...} stands under its field's name
+    from_parts      the inverse; everything it is given may come from a file and is checked
+"""
+
+from dataclasses import fields
+
+import numpy as np
+
+from refllm.formats.errors import FormatError
+from refllm.kernels.packed.base import as_float, is_record, rows_of
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask
+
+__all__ = [
+    "KINDS",
+    "GGUFBlocks",
+    "IntWeight",
+    "LowRank",
+    "Record",
+    "Sparse24",
+    "SparseBitmask",
+    "as_float",
+    "from_parts",
+    "is_record",
+    "meta",
+    "parts",
+    "rows_of",
+]
+
+Record = IntWeight | GGUFBlocks | Sparse24 | SparseBitmask | LowRank
+KINDS: dict[str, type] = {cls.kind: cls for cls in (IntWeight, GGUFBlocks, Sparse24, SparseBitmask, LowRank)}
+MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
+
+
+def parts(record: Record) -> dict[str, np.ndarray]:
+    """The stored arrays by name. The arrays are the record's own, not copies."""
+    flat = {}
+    for name in record.stored:
+        value = getattr(record, name)
+        if is_record(value):
+            flat |= {f"{name}.{inner}": array for inner, array in parts(value).items()}
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def meta(record: Record) -> dict:
+    """The fields that are not arrays: int and str, and a dict with its own `kind` for each nested record."""
+    plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in record.stored}
+    nested = {name: getattr(record, name) for name in record.stored if is_record(getattr(record, name))}
+    return plain | {name: {"kind": inner.kind, **meta(inner)} for name, inner in nested.items()}
+
+
+def from_parts(kind: str, parts: dict[str, np.ndarray], meta: dict, *, _depth: int = 0) -> Record:
+    """Build a record from what parts() and meta() gave.
+
+    Parameters
+    ----------
+    kind : str
+    parts : dict of arrays
+    meta : dict
+
+    Raises
+    ------
+    FormatError
+        Unknown kind; missing or extra parts or fields; a wrong type, shape or range.
+    """
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FormatError(f"unknown kind of packed weight {kind!r}; known: {', '.join(KINDS)}")
+    if not isinstance(meta, dict) or _depth > MAX_DEPTH:
+        raise FormatError(f"{kind}: meta must be a dictionary nested at most {MAX_DEPTH} deep")
+    cls = KINDS[kind]
+    values = {}
+    for field in fields(cls):
+        optional = field.name == "zero_point"
+        if field.name not in cls.stored:
+            values[field.name] = _plain(kind, meta, field.name, field.type)
+        else:
+            values[field.name] = _stored(kind, parts, meta, field.name, optional, _depth)
+    known = set(values) | {name for name in parts if name.split(".")[0] in cls.stored and "." in name}
+    if extra := sorted(map(str, (set(parts) | set(meta)) - known)):
+        raise FormatError(f"{kind}: unexpected {', '.join(extra)}; expected {', '.join(values)}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise FormatError(f"{kind}: {error}") from None
+
+
+def _plain(kind: str, meta: dict, name: str, wanted: type) -> int | str:
+    """One int or str field."""
+    value = meta.get(name)
+    if type(value) is not wanted:
+        raise FormatError(f"{kind}: meta {name!r} must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _stored(kind: str, parts: dict, meta: dict, name: str, optional: bool, depth: int):
+    """One stored field: an array, a nested record, or None where that is allowed."""
+    inner = {key[len(name) + 1 :]: array for key, array in parts.items() if key.startswith(f"{name}.")}
+    nested = meta.get(name)
+    if inner or nested is not None:
+        if name in parts or not inner or not isinstance(nested, dict):
+            raise FormatError(f"{kind}: {name!r} must be one array, or a record with arrays '{name}.*' and meta, not both")
+        rest = {key: value for key, value in nested.items() if key != "kind"}
+        return from_parts(nested.get("kind"), inner, rest, _depth=depth + 1)
+    if name not in parts and not optional:
+        raise FormatError(f"{kind}: part {name!r} is missing; got {', '.join(map(str, parts)) or 'none'}")
+    return parts.get(name)
