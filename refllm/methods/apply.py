@@ -159,10 +159,11 @@ def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
 def _compress_weight(model, name, stages, stats, on_report) -> None:
     original = model.weights[name]
     dense = _dense(original)
-    record = dense
-    for i, stage in enumerate(stages):
+    # Codes (of a GGUF file, say) are decoded and coded anew; sparse and low-rank weights keep their form.
+    record = original if isinstance(original, _FLOAT_PARTS) else dense
+    for stage in stages:
         try:
-            if i and is_record(record):
+            if is_record(record):
                 record = _inside(record, stage)
             else:
                 record = stage.function(_dense(record), stats, **stage.knobs)
