@@ -1,0 +1,82 @@
+"""What a run of `refllm golden verify` says: as text, and as JSON."""
+
+from collections import Counter
+
+from refllm.evaluate.golden.runner import Result
+from refllm.evaluate.golden.suite import Suite
+
+
+def _by_flag(results: list[Result]) -> dict[tuple[str, str], Counter]:
+    """(suite, flag) -> how its cases went."""
+    table: dict[tuple[str, str], Counter] = {}
+    for result in results:
+        for flag in result.case.flags:
+            table.setdefault((result.case.suite, flag), Counter())[result.status] += 1
+    return table
+
+
+def _totals(count: Counter) -> dict[str, int]:
+    return {status: count[status] for status in ("pass", "fail", "skip")}
+
+
+def _line(name: str, results: list[Result]) -> str:
+    count = Counter(result.status for result in results)
+    return f"{name}: {count['pass']} pass, {count['fail']} fail, {count['skip']} skip"
+
+
+def report_text(who: str, suites: list[Suite], results: list[Result]) -> str:
+    """Failing cases, the flags they point at, and the totals.
+
+    Parameters
+    ----------
+    who : str
+        The implementation, in words.
+    suites : list of Suite
+    results : list of Result
+    """
+    lines = []
+    for result in results:
+        if result.status == "fail":
+            lines.append(f"FAIL {result.case.name}  {result.case.comment}  [{' '.join(result.case.flags)}]")
+            lines += [f"     {problem}" for problem in result.problems]
+    failing = {place: count for place, count in _by_flag(results).items() if count["fail"]}
+    if failing:
+        lines += ["", "What the failures point at, the flags first that fail as a whole:"]
+    notes = {suite.name: suite.manifest["notes"] for suite in suites}
+    for suite, flag in sorted(failing, key=lambda place: (-failing[place]["fail"] / failing[place].total(), place)):
+        note, count = notes[suite][flag], failing[suite, flag]
+        share = f"{count['fail']} of {count.total()} fail"
+        lines.append(f"  {suite} {flag} ({note['bug_type']}): {share}. {note['description']}")
+        lines += [f"    {link}" for link in note.get("links", ())]
+    for name in dict.fromkeys(result.case.suite for result in results):
+        lines.append(_line(name, [result for result in results if result.case.suite == name]))
+    return "\n".join([*lines, _line(who, results)])
+
+
+def report_json(who: str, suites: list[Suite], results: list[Result], declared: dict[str, str]) -> dict:
+    """The same for programs; parameters as above, and what was declared.
+
+    Returns
+    -------
+    dict
+        implementation, suites {name: version}, declared, pass, fail, skip, flags [...], cases [...].
+    """
+    notes = {suite.name: suite.manifest["notes"] for suite in suites}
+    cases = [
+        {"case": r.case.name, "status": r.status, "kind": r.kind, "flags": r.case.flags, "problems": r.problems}
+        for r in results
+    ]
+    flags = [
+        {"suite": suite, "flag": flag, "bug_type": notes[suite][flag]["bug_type"], **_totals(count)}
+        for (suite, flag), count in _by_flag(results).items()
+    ]
+    versions = {suite.name: suite.manifest["suite_version"] for suite in suites}
+    counts = Counter(result.status for result in results)
+    return {
+        "implementation": who,
+        "suites": versions,
+        "declared": declared,
+        **_totals(counts),
+        "flags": flags,
+        "cases": cases,
+    }

@@ -1,0 +1,262 @@
+"""Run the cases of a suite on an implementation: a Python function, or any program.
+
+An implementation is `call(op, params, inputs) -> Answer`. `python_call` and `program_call` make one; what goes wrong
+inside becomes an Answer too, so that one bad case never stops the run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from refllm.evaluate.golden.compare import Expected, mismatch
+from refllm.evaluate.golden.suite import Case, Suite
+from refllm.formats.tensors import read_safetensors, write_safetensors
+
+REQUEST = "refllm/golden-request/v1"
+EXIT_UNSUPPORTED, EXIT_REJECTED = 3, 4
+_OUTPUT_LIMIT = 64 << 20  # bytes of an answer; suites are far smaller
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an implementation made of one case.
+
+    kind : "ok", "rejected", "unsupported", "crash", "timeout" or "garbage"
+    message : str, one line
+    outputs : dict of name -> ndarray, for "ok"
+    """
+
+    kind: str
+    message: str = ""
+    outputs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The verdict on one case.
+
+    status : "pass", "fail" or "skip"
+    kind : why, for "fail": "mismatch", "accepted" (an invalid input), "rejected" (a valid one), "crash", "timeout",
+    "garbage"
+    problems : one line each, "codes: 1 of 8 differ ..."
+    """
+
+    case: Case
+    status: str
+    kind: str = ""
+    problems: tuple[str, ...] = ()
+
+
+Call = Callable[[str, dict, dict[str, np.ndarray]], Answer]
+
+
+def python_call(function: Callable) -> Call:
+    """Wrap `function(op, params, inputs) -> dict of arrays`.
+
+    NotImplementedError means unsupported, ValueError rejected, any other exception a crash.
+    """
+
+    def call(op, params, inputs):
+        try:
+            outputs = function(op, params, inputs)
+        except NotImplementedError as error:
+            return Answer("unsupported", _line(error))
+        except ValueError as error:
+            return Answer("rejected", _line(error))
+        except Exception as error:
+            return Answer("crash", f"{type(error).__name__}: {_line(error)}")
+        if not isinstance(outputs, Mapping):
+            return Answer("garbage", f"a dict of arrays was expected, got {type(outputs).__name__}")
+        return Answer("ok", outputs=dict(outputs))
+
+    return call
+
+
+def program_call(command: list[str], timeout: float) -> Call:
+    """Wrap a program: `COMMAND request.json`, one process a case.
+
+    The request names op, params, an input and an output .safetensors file (absolute paths, in a fresh folder). Exit
+    code 0 means the outputs are written, 3 unsupported, 4 rejected, anything else a crash. After `timeout` seconds the
+    program and whatever it started are killed.
+    """
+
+    def call(op, params, inputs):
+        with tempfile.TemporaryDirectory(prefix="refllm-golden-", ignore_cleanup_errors=True) as folder:
+            folder = Path(folder).resolve()
+            request, out = folder / "request.json", folder / "out.safetensors"
+            write_safetensors(folder / "in.safetensors", inputs)
+            document = {"schema": REQUEST, "op": op, "params": params}
+            document |= {"inputs": str(folder / "in.safetensors"), "outputs": str(out)}
+            request.write_text(json.dumps(document), encoding="utf-8")
+            try:
+                code, tail = _run([*command, str(request)], folder / "log.txt", timeout)
+            except OSError as error:
+                return Answer("crash", f"cannot start: {_line(error)}")
+            if code is None:
+                return Answer("timeout", f"no answer within {timeout:g} s")
+            if code == EXIT_UNSUPPORTED:
+                return Answer("unsupported", tail)
+            if code == EXIT_REJECTED:
+                return Answer("rejected", tail)
+            if code:
+                return Answer("crash", f"exit code {code}" + (f": {tail}" if tail else ""))
+            return _read_answer(out)
+
+    return call
+
+
+def _run(command: list[str], log: Path, timeout: float) -> tuple[int | None, str]:
+    """Exit code (None after a timeout) and the last line the program wrote."""
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=os.name == "posix",
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                _kill(process)
+    with open(log, "rb") as file:
+        file.seek(max(log.stat().st_size - 2000, 0))
+        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return code, lines[-1].strip()[:200] if lines else ""
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a program that did not end by itself, with its children where the system groups them."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):  # it ended between the question and the signal
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _read_answer(out: Path) -> Answer:
+    if not out.is_file():
+        return Answer("garbage", "exit code 0, but no output file was written")
+    if out.stat().st_size > _OUTPUT_LIMIT:
+        return Answer("garbage", f"the output file has {out.stat().st_size} bytes; at most {_OUTPUT_LIMIT} are read")
+    try:
+        tensors, _ = read_safetensors(out)
+        return Answer("ok", outputs={name: tensor.stored() for name, tensor in tensors.items()})
+    except ValueError as error:
+        return Answer("garbage", _line(error).replace(str(out), "output file"))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def run(
+    suites: Iterable[Suite],
+    call: Call,
+    *,
+    declared: Mapping[str, str] | None = None,
+    outputs: set[str] | None = None,
+    keep: Callable[[Case], bool] = lambda case: True,
+) -> Iterator[Result]:
+    """Verdicts on the cases of some suites.
+
+    Parameters
+    ----------
+    suites : iterable of Suite
+    call : callable
+        From `python_call` or `program_call`.
+    declared : mapping, optional
+        What the implementation declares: chooses variants, and satisfies `requires`.
+    outputs : set of str, optional
+        Compare only these outputs; a case that has none of them is skipped.
+    keep : callable, optional
+        Which cases to run.
+
+    Raises
+    ------
+    CorruptVectors
+    """
+    for suite in suites:
+        for case in suite.cases:
+            if keep(case):
+                yield _verdict(suite, case, call, declared or {}, outputs)
+
+
+def _verdict(suite: Suite, case: Case, call: Call, declared: Mapping, outputs: set[str] | None) -> Result:
+    missing = [name for name in case.requires if name not in declared]
+    if missing:
+        return Result(case, "skip", problems=(f"needs {', '.join(missing)}, not declared",))
+    wanted = {
+        name: entry
+        for name, entry in case.expected.items()
+        if name not in reference_names(case) and (outputs is None or name in outputs)
+    }
+    if case.result != "invalid" and not wanted:
+        return Result(case, "skip", problems=("none of the chosen outputs",))
+    answer = call(case.op, dict(case.params), suite.inputs(case))
+    if answer.kind == "unsupported":
+        return Result(case, "skip", problems=(answer.message or "unsupported",))
+    if answer.kind == "rejected" and case.result != "valid":
+        return Result(case, "pass")
+    if answer.kind != "ok":
+        return Result(case, "fail", answer.kind, (f"{answer.kind}: {answer.message}".rstrip(": "),))
+    if case.result == "invalid":
+        return Result(case, "fail", "accepted", ("an invalid input was accepted",))
+    problems = tuple(
+        f"{name}: {problem}"
+        for name, entry in wanted.items()
+        if (problem := _check(suite, case, name, entry, answer.outputs, declared))
+    )
+    return Result(case, "fail" if problems else "pass", "mismatch" if problems else "", problems)
+
+
+def reference_names(case: Case) -> set[str]:
+    """Entries of `expected` that only serve the comparison of another: no implementation returns them."""
+    return {entry["compare"]["abs_ref"] for entry in case.expected.values() if "abs_ref" in entry["compare"]}
+
+
+def _check(suite, case, name, entry, outputs, declared) -> str | None:
+    if name not in outputs:
+        return f"missing; got {', '.join(map(str, outputs)) or 'nothing'}"
+    chosen = choose(entry, declared)
+    problem = mismatch(outputs[name], expected_of(suite, case, name, chosen))
+    if problem is None or "variants" not in entry:
+        return problem
+    for variant in entry["variants"]:
+        if variant["tensor"] is not chosen:
+            if mismatch(outputs[name], expected_of(suite, case, name, variant["tensor"])) is None:
+                when = " ".join(f"--declare {key}={value}" for key, value in variant["when"].items())
+                return f"{problem}; right under another convention: {when}"
+    return problem
+
+
+def choose(entry: dict, declared: Mapping[str, str]) -> dict:
+    """The tensor entry that holds for an implementation: the variant that fits its declarations, else the first one."""
+    if "tensor" in entry:
+        return entry["tensor"]
+    for variant in entry["variants"]:
+        if all(declared.get(key) == value for key, value in variant["when"].items()):
+            return variant["tensor"]
+    return entry["variants"][0]["tensor"]
+
+
+def expected_of(suite: Suite, case: Case, name: str, tensor: dict) -> Expected:
+    """The arrays an output is compared with."""
+    compare = case.expected[name]["compare"]
+    abs_ref = None
+    if "abs_ref" in compare:
+        reference = case.expected[compare["abs_ref"]]["tensor"]
+        abs_ref = suite.array(reference, f"{case.name} {compare['abs_ref']}")
+    return Expected(suite.array(tensor, f"{case.name} {name}"), tensor["dtype"], compare, abs_ref)

@@ -1,0 +1,9 @@
+"""Generators of the golden suites, each independent of the code it judges.
+
+A generator module has `suite() -> SuiteSpec`. It computes expected values with Python integers and fractions, one
+number at a time, rounding exactly where the definition rounds; it must not call the NumPy code of refllm.
+"""
+
+from refllm.evaluate.golden.suites import rtn, rtn_matmul
+
+GENERATORS = (rtn.suite, rtn_matmul.suite)

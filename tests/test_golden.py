@@ -1,0 +1,116 @@
+"""The suites refllm ships: well formed, what their generators write, passed by refllm, and sharp.
+
+Sharp: every known mistake is caught, and under the flag that names it.
+"""
+
+from collections import Counter
+
+import pytest
+
+from refllm.evaluate.golden.lint import lint
+from refllm.evaluate.golden.own import implementation
+from refllm.evaluate.golden.runner import python_call, run
+from refllm.evaluate.golden.suite import default_root, read_suites, suite_names
+from tests.golden_mutants import BUGS, kill_matrix
+
+SUITES = list(read_suites(default_root()))
+# Mistakes that only cases about them may show: their failures lie within these flags.
+ONLY = {
+    "ties_away": {"TieToEven", "DivideByScale"},
+    "reciprocal": {"DivideByScale"},
+    "float64_arithmetic": {"DoubleRounding"},
+    "fake_quantization": {"NegativeZero", "Clip"},
+    "zero_scale_kept": {"ScaleUnderflow"},
+    "no_clip": {"Clip"},
+    "nan_ignored": {"NonFinite", "ScaleOverflow"},
+    "scale_saturates": {"ScaleOverflow"},
+    "group_padded": {"GroupNotDividing"},
+    "group_tail_merged": {"GroupNotDividing"},
+    "no_params_check": {"BadParams"},
+    "flattens": {"BadShape"},
+    "float16_scale_always": {"Float32Scale"},
+    "mm_flush_subnormal_scale": {"Subnormal"},
+    "mm_no_finite_check": {"NonFinite"},
+    "mm_no_shape_check": {"BadShape"},
+}
+
+
+@pytest.fixture(scope="module")
+def kills():
+    return kill_matrix(SUITES)
+
+
+def test_lint_finds_nothing():
+    assert {"quant/rtn", "quant/rtn_matmul"} <= set(suite_names(default_root()))
+    assert list(lint(default_root())) == []
+
+
+def test_shipped_vectors_stay_small():
+    """Every suite within 200 kB, all of them within the 10 MB that data/golden may have."""
+    sizes = Counter()
+    for suite in SUITES:
+        sizes[suite.name] = sum(suite.path.with_suffix(end).stat().st_size for end in (".json", ".safetensors"))
+    assert max(sizes.values()) <= 200_000 and sizes.total() <= 10_000_000
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_refllm_passes(kernels, monkeypatch):
+    monkeypatch.setenv("REFLLM_KERNELS", kernels)
+    results = list(run(SUITES, python_call(implementation)))
+    assert [(r.case.name, r.problems) for r in results if r.status != "pass"] == []
+    assert len(results) == sum(len(suite.cases) for suite in SUITES) >= 100
+
+
+def test_a_second_implementation_without_mistakes_passes(kills):
+    assert [(r.case.name, r.problems) for r in kills[None]] == []
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_mutant_is_killed_under_its_flag(bug, kills):
+    suite = "quant/rtn_matmul" if bug.startswith("mm_") else "quant/rtn"
+    failed = kills[bug]
+    assert {r.case.suite for r in failed} == {suite}
+    assert BUGS[bug] in {flag for r in failed for flag in r.case.flags}
+    assert "crash" not in {r.kind for r in failed}, "a mutant gives wrong answers, it does not fall over"
+    if bug in ONLY:
+        assert all(ONLY[bug] & set(r.case.flags) for r in failed)
+
+
+def test_every_flag_catches_a_mutant(kills):
+    """A flag that no mistake fails under proves nothing."""
+    flags = {(case.suite, flag) for suite in SUITES for case in suite.cases for flag in case.flags}
+    caught = {(r.case.suite, flag) for bug in BUGS for r in kills[bug] for flag in r.case.flags}
+    assert flags - caught == set()
+
+
+def test_every_flag_is_named_by_a_mutant():
+    """Stronger than the test above: a mutant was written for the flag."""
+    flags = {flag for suite in SUITES for case in suite.cases for flag in case.flags}
+    assert flags - set(BUGS.values()) == set()
+
+
+def test_ties_away_passes_when_it_is_declared():
+    from tests.golden_mutants import mutant
+
+    results = list(run(SUITES, python_call(mutant("ties_away")), declared={"ties": "away"}))
+    assert [r.case.name for r in results if r.status != "pass"] == []
+
+
+def test_float64_arithmetic_passes_when_it_is_declared():
+    from tests.golden_mutants import mutant
+
+    results = list(run(SUITES, python_call(mutant("float64_arithmetic")), declared={"arithmetic": "float64"}))
+    assert [r.case.name for r in results if r.status != "pass"] == []
+
+
+def test_suites_are_what_their_generators_write():
+    from refllm.evaluate.golden.build import folder_files, render
+    from refllm.evaluate.golden.suite import SCHEMA_FILE
+    from refllm.evaluate.golden.suites import GENERATORS
+
+    root = default_root()
+    files = {}
+    for generate in GENERATORS:
+        files |= render(generate())
+    for name, data in folder_files(files, (root / SCHEMA_FILE).read_bytes()).items():
+        assert (root / name).read_bytes() == data, f"{name}: run `refllm golden regen`"
