@@ -52,7 +52,7 @@ def load(source: str | os.PathLike, *, dtype: str = "float32", dense: bool = Fal
     else:
         model = _load_hf(path, dtype)
     _check_vocabulary(model, path)
-    model = replace(model, name=name)
+    model = replace(model, name=model.name or name)  # a compressed folder knows the name of its model
     return densify(model, dtype) if dense or dtype == "float64" else model
 
 
