@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Names are handed out lazily: `import refllm` must stay cheap beside `import numpy`.
 _EXPORTS = {
-    "load": "refllm.model.load",
+    "load": "refllm.methods.apply",
     "forward": "refllm.model.llama",
     "new_cache": "refllm.model.cache",
     "compress": "refllm.methods.apply",

@@ -131,6 +131,17 @@ def _needs_stats(function: Callable) -> bool:
     return inspect.signature(function).parameters["stats"].default is inspect.Parameter.empty
 
 
+def needs_calibration(recipe: str) -> bool:
+    """Whether a weight method of this recipe looks at activations; without one the walk over the text can be saved.
+
+    Examples
+    --------
+    >>> needs_calibration("rtn:bits=4"), needs_calibration("wanda+kivi")
+    (False, True)
+    """
+    return any(_needs_stats(stage.function) for stage in parse(recipe) if stage.family in WEIGHT_FAMILIES)
+
+
 def _check_calibration(stages: list[Stage], calibration) -> None:
     needy = [stage.method for stage in stages if _needs_stats(stage.function)]
     if needy and calibration is None:

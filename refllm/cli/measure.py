@@ -1,0 +1,186 @@
+"""compare, perplexity, eval, bench: commands that measure."""
+
+from dataclasses import asdict
+
+from refllm.cli.common import (
+    Silent,
+    UsageError,
+    add_activations,
+    add_calibration,
+    add_command,
+    add_model,
+    add_recipe,
+    count,
+    encode_file,
+    load_model,
+    note,
+    print_json,
+    read_text,
+    tokenizer_of,
+)
+
+
+def add_commands(commands) -> None:
+    """Add the commands of this module."""
+    parser = add_command(commands, "compare", compare, "measure recipes side by side: size, speed, memory, quality")
+    add_model(parser, default="tiny")
+    parser.add_argument("--recipes", nargs="+", metavar="R", help="default: a list with every family")
+    parser.add_argument("--text", metavar="FILE", help="text to evaluate on (default: the bundled one)")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="evaluate on the first N tokens (default 4096)")
+    parser.add_argument("--window", type=count, metavar="N", help="tokens of context (default 512)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw quality against size")
+    add_calibration(parser)
+    add_activations(parser)
+
+    parser = add_command(commands, "perplexity", perplexity, "measure perplexity by a named protocol")
+    add_model(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; for document also .jsonl")
+    parser.add_argument("--protocol", default="gptq", metavar="P", help="gptq, strided, llamacpp or document")
+    parser.add_argument("--window", type=count, metavar="N", help="tokens a pass sees (default: the context, <= 2048)")
+    parser.add_argument("--stride", type=count, metavar="N", help="of strided (default: half the window)")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="take the first N tokens of the text")
+    add_recipe(parser)
+
+    parser = add_command(commands, "eval", evaluate, "score the items of a task file")
+    add_model(parser)
+    parser.add_argument("--task", required=True, metavar="FILE.jsonl", help="one item a line; the keys tell its kind")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    add_recipe(parser)
+
+    parser = add_command(commands, "bench", bench, "time the packed kernels against NumPy in the same run")
+    parser.add_argument("what", choices=("kernels",))
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of NumPy and of the kernels (default 1)")
+    parser.add_argument("--size", type=count, default=4096, metavar="N", help="the matrix is N x N (default 4096)")
+    parser.add_argument("--tokens", type=count, default=1, metavar="N", help="rows multiplied at once (default 1)")
+    parser.add_argument("--rounds", type=count, default=21, metavar="N")
+
+
+def compare(args) -> int:
+    """The table on stdout; recipes that the model cannot take are named on stderr."""
+    from refllm.evaluate import compare as comparing
+    from refllm.formats.files import data_path
+    from refllm.formats.progress import Progress
+    from refllm.methods.apply import load
+    from refllm.methods.recipes import parse
+
+    recipes = args.recipes or comparing.DEFAULT_RECIPES
+    for recipe in recipes:
+        parse(recipe)
+    if args.plot is not None:
+        from refllm.evaluate.plots import check_target
+
+        check_target(args.plot)
+    model = load(args.model)
+    ids = encode_file(model, args.text or data_path("tiny/eval.txt"))
+    calibration = args.calibration or (None if args.text else data_path("tiny/calib.txt"))
+    setting = comparing.setting(
+        model,
+        ids,
+        None if calibration is None else encode_file(model, calibration)[: comparing.CALIBRATION_TOKENS],
+        max_tokens=args.max_tokens or comparing.DEFAULT_TOKENS,
+        window=args.window,
+        activations=args.activations,
+        threads=args.threads,
+    )
+    with Progress() as progress:
+        show = lambda number, total, recipe: progress.show(f"{number}/{total} {recipe}")
+        result = comparing.compare(model, recipes, setting, on_recipe=show)
+    if args.plot is not None:
+        from refllm.evaluate.plots import quality_against_size
+
+        quality_against_size(result["rows"], args.plot)
+        note(f"picture: {args.plot}")
+    if args.json:
+        print_json({"model": model.name, **result})
+    else:
+        from refllm.evaluate.tables import compare_table
+
+        print(compare_table(result))
+    for failure in result["failed"]:
+        note(f"left out: {failure['recipe']}: {failure['reason']}")
+    return 1 if result["failed"] and (args.recipes or not result["rows"]) else 0
+
+
+def perplexity(args) -> None:
+    """One number, and how it was measured."""
+    from refllm.evaluate.perplexity import PROTOCOLS, check_window, evaluate_perplexity
+    from refllm.formats.progress import Progress
+
+    if args.protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {args.protocol!r}; known: {', '.join(PROTOCOLS)}")
+    if args.stride is not None and args.protocol != "strided":
+        raise UsageError(f"--stride belongs to the protocol strided, not to {args.protocol}")
+    model = load_model(args)
+    check_window(model, args.window)
+    if args.protocol == "document":
+        ids = _documents(tokenizer_of(model), args)
+    else:
+        ids = encode_file(model, args.text)[: args.max_tokens]
+    with Progress() as progress:
+        show = lambda done, total, nll: progress.show(f"window {done}/{total}, nll {nll:.4f}")
+        result = evaluate_perplexity(
+            model, ids, protocol=args.protocol, window=args.window, stride=args.stride, on_window=show
+        )
+    if args.json:
+        print_json({"model": model.name, "recipe": model.recipe, "activations": args.activations, **asdict(result)})
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f}  nll {result.nll:.4f}  tokens scored {result.tokens_scored}  "
+            f"protocol {result.protocol}  window {result.window}  stride {result.stride}"
+        )
+
+
+def _documents(tokenizer, args) -> list[list[int]]:
+    """A document is a line of a .jsonl file (its "text"), or what stands between two blank lines of a text file."""
+    import json
+    import re
+
+    text = read_text(args.text)
+    if args.text.endswith(".jsonl"):
+        try:
+            texts = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{args.text}: every line must be a JSON object with "text" ({error})') from None
+    else:
+        texts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+    left, documents = args.max_tokens, []
+    for text in texts:
+        ids = tokenizer.encode(text)[:left]
+        left = None if left is None else left - len(ids)
+        documents += [ids] if ids else []
+    return documents
+
+
+def evaluate(args) -> None:
+    """The scores of a task."""
+    from refllm.evaluate.tasks import read_task, score
+    from refllm.formats.progress import Progress
+
+    kind, items = read_task(args.task, args.limit)
+    if not items:
+        note("no items: nothing to do")
+        raise Silent(3)
+    model = load_model(args)
+    with Progress() as progress:
+        result = score(model, kind, items, on_item=lambda done: progress.show(f"item {done}/{len(items)}"))
+    if args.json:
+        print_json({"model": model.name, "recipe": model.recipe, "task": args.task, "kind": kind, **result})
+        return
+    numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
+    print(f"{kind}  items {result['items']}  {numbers}")
+
+
+def bench(args) -> None:
+    """Ratios to NumPy's float32 product."""
+    import os
+
+    from refllm.formats.process import thread_variables
+    from refllm.kernels.packed.bench import gemv_ratios, table
+
+    os.environ.update(thread_variables(args.threads))  # the kernels read it at every call; NumPy read it at its import
+    timings = gemv_ratios((args.size, args.size), tokens=args.tokens, rounds=args.rounds)
+    if args.json:
+        result = {"size": args.size, "tokens": args.tokens, "rounds": args.rounds, "threads": args.threads}
+        print_json({**result, "kernels": [asdict(timing) for timing in timings]})
+    else:
+        print(table(timings))

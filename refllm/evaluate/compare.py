@@ -1,0 +1,248 @@
+"""compare: one row a recipe, size and speed and quality side by side, all measured and nothing estimated.
+
+The parent process applies the recipes one by one and stores each model as `refllm compress` would. Every model is
+then loaded and run by a process of its own (`refllm.evaluate.worker`), so that its peak memory is its own, too. The
+base model runs first and leaves its log-probabilities in a temporary file, which the others are compared with.
+
+    size      stored bytes of all weights
+    memory    peak resident memory of a process that loads the model, reads a prompt and generates; the measurement of
+              quality comes after and does not count. Python, NumPy and Numba are part of it.
+    speed     medians of greedy generation, batch 1, a warm-up excluded
+    quality   perplexity by the protocol gptq, KL and top-1 agreement over the same positions
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from refllm.evaluate.measure import sizes
+from refllm.evaluate.perplexity import plan
+from refllm.formats.process import thread_variables
+from refllm.kernels.packed.threads import thread_count
+from refllm.methods.apply import compress, needs_calibration
+from refllm.methods.recipes import parse
+from refllm.model.model import Model
+from refllm.model.native import save_native
+
+PROTOCOL = "gptq"
+DEFAULT_WINDOW = 512
+DEFAULT_TOKENS = 4096
+CALIBRATION_TOKENS = 4096
+# One recipe of every family and the classic contrasts: bits against groups, masks against ranks, weights against cache.
+DEFAULT_RECIPES = (
+    "none",
+    "rtn:bits=8",
+    "rtn:bits=4,group=32",
+    "rtn:bits=4",
+    "rtn:bits=3,group=32",
+    "rtn:bits=2,group=16",
+    "magnitude:sparsity=0.5",
+    "wanda:sparsity=0.5",
+    "wanda:pattern=2:4",
+    "wanda:pattern=2:4+rtn:bits=4,group=32",
+    "svd:ratio=0.5",
+    "kivi:bits=4",
+    "kivi:bits=2",
+    "flash",
+    "speculative",
+    "rtn:bits=4,group=32+kivi:bits=2",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every recipe of a comparison is measured on.
+
+    Parameters
+    ----------
+    ids : (N,) integers
+        The text; quality is measured on its whole windows.
+    calibration : (M,) integers or None
+        For recipes that need it; disjoint from `ids`.
+    window : int
+    prompt_tokens, new_tokens, repeats : int
+        Of the measurement of speed: the first tokens of the text are the prompt.
+    activations : "float32" or "int8"
+    threads : int or None
+        Of NumPy and the kernels in the measuring processes; None leaves both to themselves.
+    """
+
+    ids: np.ndarray
+    calibration: np.ndarray | None
+    window: int
+    prompt_tokens: int
+    new_tokens: int = 48
+    repeats: int = 3
+    activations: str = "float32"
+    threads: int | None = None
+
+
+def setting(
+    model: Model,
+    ids,
+    calibration=None,
+    *,
+    max_tokens: int = DEFAULT_TOKENS,
+    window: int | None = None,
+    **fields,
+) -> Setting:
+    """Cut a text into what is evaluated and what calibrates.
+
+    Parameters
+    ----------
+    ids : (N,) integers
+        The first `max_tokens` are evaluated; without `calibration`, up to 4096 tokens that follow them calibrate.
+    calibration : (M,) integers, optional
+    window : int, optional
+        None takes 512, or the context or the text where that is shorter.
+
+    Raises
+    ------
+    ValueError
+        A text that is too short, a window that does not fit the model.
+    """
+    ids = np.asarray(ids)
+    evaluated = ids[:max_tokens]
+    if len(evaluated) < 2:
+        raise ValueError(f"the text has {len(evaluated)} tokens; at least 2 are needed")
+    window = window or min(DEFAULT_WINDOW, model.config.context_length, len(evaluated))
+    plan(model, evaluated, PROTOCOL, window)  # complain before anything runs
+    if calibration is None:
+        calibration = ids[max_tokens : max_tokens + CALIBRATION_TOKENS]
+    calibration = np.asarray(calibration)
+    new_tokens = min(Setting.new_tokens, max(2, model.config.context_length // 4))
+    prompt = max(1, min(256, len(evaluated), model.config.context_length - new_tokens))
+    return Setting(
+        evaluated, calibration if len(calibration) else None, window, prompt, new_tokens=new_tokens, **fields
+    )
+
+
+def compare(
+    model: Model,
+    recipes: Sequence[str],
+    setting: Setting,
+    on_recipe: Callable[[int, int, str], None] | None = None,
+) -> dict:
+    """Measure every recipe.
+
+    Parameters
+    ----------
+    model : Model
+        The base: what the recipes are applied to, and what KL and agreement refer to.
+    recipes : sequence of str
+        "none" is the base itself.
+    setting : Setting
+    on_recipe : callable, optional
+        Called as on_recipe(number, all, recipe) before each recipe.
+
+    Returns
+    -------
+    dict
+        rows, failed ([{recipe, reason}]: recipes this model or text cannot take), protocol, window, tokens_scored,
+        prompt_tokens, new_tokens, activations, threads, base_perplexity, base_dtype (type in which the base's
+        log-probabilities were kept).
+
+    Raises
+    ------
+    RecipeError
+        An unknown method or key, before anything is measured.
+    RuntimeError
+        A measuring process failed; its last line is in the message.
+    """
+    for recipe in recipes:
+        parse(recipe)
+    with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
+        folder = Path(folder)
+        np.save(folder / "ids.npy", setting.ids)
+        # No tokenizer: the processes get ids, and loading one would count in their memory.
+        base = replace(model, tokenizer=None)
+        base_row = _measure(base, "none", setting, folder, is_base=True)
+        rows, failed = [], []
+        for done, recipe in enumerate(recipes, 1):
+            if on_recipe is not None:
+                on_recipe(done, len(recipes), recipe)
+            try:
+                calibration = setting.calibration if needs_calibration(recipe) else None
+                small = compress(base, recipe, calibration) if parse(recipe) else None
+                row = base_row if small is None else _measure(small, recipe, setting, folder)
+            except ValueError as error:  # a group that does not divide, say: the other rows are worth having
+                failed.append({"recipe": recipe, "reason": str(error)})
+                continue
+            rows.append({**row, "recipe": recipe})
+    extra = {"tokens_scored", "base_dtype"}
+    return {
+        "rows": [{k: v for k, v in row.items() if k not in extra} for row in rows],
+        "failed": failed,
+        "protocol": PROTOCOL,
+        "window": setting.window,
+        "tokens_scored": base_row["tokens_scored"],
+        "prompt_tokens": setting.prompt_tokens,
+        "new_tokens": setting.new_tokens,
+        "activations": setting.activations,
+        "threads": setting.threads or thread_count(),
+        "base_perplexity": base_row["perplexity"],
+        "base_dtype": base_row["base_dtype"],
+    }
+
+
+def family(recipe: str) -> str:
+    """Families of a recipe's stages, each once, joined by +; "base" for the uncompressed model.
+
+    Examples
+    --------
+    >>> family("wanda:pattern=2:4+rtn:bits=4+kivi:bits=2"), family("none")
+    ('prune+quant+kvcache', 'base')
+    """
+    return "+".join(dict.fromkeys(stage.family for stage in parse(recipe))) or "base"
+
+
+def _measure(model: Model, recipe: str, setting: Setting, folder: Path, is_base: bool = False) -> dict:
+    """Store a model, have a process of its own measure it, and put the row together."""
+    save_native(model, folder / "model", overwrite=True)
+    job = {
+        "folder": str(folder / "model"),
+        "ids": str(folder / "ids.npy"),
+        "base": str(folder / "base"),
+        "is_base": is_base,
+        "protocol": PROTOCOL,
+        "window": setting.window,
+        "prompt_tokens": setting.prompt_tokens,
+        "new_tokens": setting.new_tokens,
+        "repeats": setting.repeats,
+        "activations": setting.activations,
+    }
+    measured = _run_worker(job, setting.threads)
+    size = sizes(model)
+    return {
+        "recipe": recipe,
+        "family": family(recipe),
+        "bits_per_weight": size.bits_per_weight,
+        "linear_bits_per_weight": size.linear_bits_per_weight,
+        "weight_bytes": size.weight_bytes,
+        **measured,
+    }
+
+
+def _run_worker(job: dict, threads: int | None) -> dict:
+    environment = {**os.environ, **(thread_variables(threads) if threads else {})}
+    # The worker must find the refllm that runs here, installed or not.
+    here = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "refllm.evaluate.worker"]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", env=environment, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"the measuring process failed: {lines[-1]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer

@@ -1,0 +1,135 @@
+"""compare on a random model: the columns are those of the interface, and each is what its name says."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+
+from refllm.evaluate import compare as comparing
+from refllm.evaluate import worker
+from refllm.evaluate.compare import DEFAULT_RECIPES, compare, family, setting
+from refllm.evaluate.perplexity import evaluate_perplexity, plan
+from refllm.evaluate.plots import check_target, quality_against_size
+from refllm.methods.apply import compress
+from refllm.methods.recipes import RecipeError
+from refllm.model.llama import forward
+from tests.models import random_model
+
+COLUMNS = (
+    "recipe family bits_per_weight weight_bytes peak_rss_bytes kv_bytes_per_token prefill_tokens_per_s "
+    "decode_tokens_per_s perplexity kl_to_base top1_agreement"
+).split()
+MODEL = random_model("llama")
+IDS = np.random.default_rng(2).integers(3, 64, 400)
+RECIPES = ["none", "rtn:bits=2,group=16", "kivi:bits=2,group=8,residual=8", "kivi"]
+
+
+@pytest.fixture(scope="module")
+def result():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFLLM_KERNELS", "numpy")  # nothing to compile in the processes
+        return compare(MODEL, RECIPES, setting(MODEL, IDS, max_tokens=260, threads=1))
+
+
+def test_every_column_is_there_and_finite(result):
+    assert [row["recipe"] for row in result["rows"]] == RECIPES[:3]
+    for row in result["rows"]:
+        assert set(COLUMNS) <= set(row)
+        assert all(math.isfinite(row[key]) and row[key] >= 0 for key in COLUMNS[2:])
+    assert (result["protocol"], result["window"], result["threads"], result["tokens_scored"]) == ("gptq", 128, 1, 254)
+
+
+def test_the_base_is_its_own_measure(result):
+    base = result["rows"][0]
+    assert (base["kl_to_base"], base["top1_agreement"], base["bits_per_weight"]) == (0.0, 1.0, 32.0)
+    own = evaluate_perplexity(MODEL, IDS[:260], window=128)
+    assert base["perplexity"] == pytest.approx(own.perplexity, rel=1e-6) == result["base_perplexity"]
+
+
+def test_quality_is_that_of_the_compressed_model(result):
+    """A twin in this process: both models over the same windows, KL by its definition."""
+    row = result["rows"][1]
+    small = compress(MODEL, row["recipe"], IDS[260:])
+    kl, agree = [], []
+    for window in plan(MODEL, IDS[:260], "gptq", 128):
+        p, q = (forward(m, window.ids).astype(np.float64) for m in (MODEL, small))
+        p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (p, q))
+        kl.append((p * np.log(p / q)).sum(-1))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+    assert row["kl_to_base"] == pytest.approx(np.concatenate(kl).mean(), rel=1e-4)
+    assert row["top1_agreement"] == pytest.approx(np.concatenate(agree).mean(), abs=1e-9)
+    assert row["perplexity"] == pytest.approx(evaluate_perplexity(small, IDS[:260], window=128).perplexity, rel=1e-5)
+
+
+def test_a_cache_method_shows_in_bytes_and_in_quality(result):
+    base, kivi = result["rows"][0], result["rows"][2]
+    assert kivi["kv_bytes_per_token"] < base["kv_bytes_per_token"] / 2
+    assert kivi["weight_bytes"] == base["weight_bytes"]
+    assert kivi["kl_to_base"] > 1e-4
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(result):
+    assert all(15e6 < row["peak_rss_bytes"] < 1e9 for row in result["rows"])
+
+
+def test_a_recipe_the_model_cannot_take_does_not_stop_the_others(result):
+    (failure,) = result["failed"]
+    assert failure["recipe"] == "kivi" and "does not divide" in failure["reason"]
+
+
+def test_an_unknown_recipe_is_found_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(comparing, "_measure", lambda *args, **options: pytest.fail("something ran"))
+    with pytest.raises(RecipeError, match="unknown method"):
+        compare(MODEL, ["none", "nothing"], setting(MODEL, IDS))
+
+
+def test_calibration_follows_the_evaluated_text():
+    cut = setting(MODEL, IDS, max_tokens=300)
+    assert cut.ids.tolist() == IDS[:300].tolist() and cut.calibration.tolist() == IDS[300:].tolist()
+    assert setting(MODEL, IDS, max_tokens=400).calibration is None
+    assert setting(MODEL, IDS, IDS[:5], max_tokens=400).calibration.tolist() == IDS[:5].tolist()
+    assert cut.prompt_tokens + cut.new_tokens <= MODEL.config.context_length
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [(IDS[:1], {}, "at least 2"), (IDS[:20], {"window": 21}, "fewer than one window"), (IDS + 64, {}, "vocabulary")],
+)
+def test_texts_that_cannot_be_used(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        setting(MODEL, ids, **options)
+
+
+def test_a_process_that_dies_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "save_native", lambda *args, **options: None)
+    with pytest.raises(RuntimeError, match="the measuring process failed: FileNotFoundError: "):
+        comparing._measure(MODEL, "none", setting(MODEL, IDS), tmp_path)
+
+
+def test_large_bases_are_kept_in_half_precision(tmp_path, monkeypatch):
+    assert worker._base_files(tmp_path / "a", (3, 5), create=True)[0].dtype == np.float32
+    monkeypatch.setattr(worker, "HALF_ABOVE", 59)
+    assert worker._base_files(tmp_path / "b", (3, 5), create=True)[0].dtype == np.float16
+
+
+def test_the_default_list_covers_the_families():
+    families = {part for recipe in DEFAULT_RECIPES for part in family(recipe).split("+")}
+    assert len(DEFAULT_RECIPES) >= 10 and len(set(DEFAULT_RECIPES)) == len(DEFAULT_RECIPES)
+    from refllm.methods.recipes import FAMILIES, methods
+
+    assert {name for name, _ in methods().values()} == set(FAMILIES) == families - {"base"}
+
+
+def test_the_picture_is_a_png(result, tmp_path):
+    path = tmp_path / "quality.png"
+    quality_against_size(result["rows"], path)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    assert os.listdir(tmp_path) == ["quality.png"]
+
+
+def test_pictures_that_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a \.png"):
+        check_target(tmp_path / "x.pdf")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check_target(tmp_path / "no" / "x.png")

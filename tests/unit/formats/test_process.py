@@ -1,0 +1,44 @@
+"""Peak memory is that of this process and grows with it; Progress writes to terminals only."""
+
+import io
+import os
+
+import numpy as np
+
+from refllm.formats.process import peak_rss_bytes, thread_variables
+from refllm.formats.progress import Progress
+
+
+def test_peak_memory_sees_what_was_allocated():
+    before = peak_rss_bytes()
+    assert 5e6 < before < 1e11  # bytes, neither KiB nor pages
+    block = np.ones(before + (64 << 20), np.uint8)  # above the peak so far, whatever other tests have done
+    assert peak_rss_bytes() >= before + (32 << 20)
+    del block
+    assert peak_rss_bytes() >= before + (32 << 20)  # a peak does not fall
+
+
+def test_thread_variables_are_texts_of_one_number():
+    found = thread_variables(3)
+    assert set(found.values()) == {"3"} and {"OPENBLAS_NUM_THREADS", "REFLLM_THREADS"} <= set(found)
+    assert not set(found) & {"PATH", "HOME"} and isinstance(os.environ.get("PATH", ""), str)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_written_over_and_wiped():
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress.show("12 of 20")
+        progress.show("13")
+    assert stream.getvalue() == "\r12 of 20\r13      \r" + "  " + "\r"
+
+
+def test_progress_is_silent_without_a_terminal():
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress.show("12 of 20")
+    assert stream.getvalue() == ""
