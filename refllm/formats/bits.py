@@ -1,8 +1,8 @@
 """Pack n-bit codes into bytes. The bit order of refllm's own layouts is drawn here and nowhere else.
 
 A row of codes is one little-endian bit stream: code i occupies bits [i * bits, (i + 1) * bits) of the row, bit k of the
-stream is bit k % 8 of byte k // 8, and low bits come first. Every row starts on a byte of its own; the unused high bits of
-its last byte are zero.
+stream is bit k % 8 of byte k // 8, and low bits come first. Every row starts on a byte of its own; the unused high
+bits of its last byte are zero.
 
     bits = 4   byte 0 = code 0 (low nibble), code 1 (high nibble)
     bits = 3   byte 0 = c0 c0 c0 c1 c1 c1 c2 c2   byte 1 = c2 c3 c3 c3 c4 c4 c4 c5   byte 2 = ...   (low bit first)
@@ -57,7 +57,9 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     if codes.dtype.kind not in "iu" or codes.ndim == 0:
         raise ValueError(f"codes must be an integer array of one or more axes, got {codes.dtype} {codes.shape}")
     if codes.size and (codes.min() < 0 or codes.max() >= 1 << bits):
-        raise ValueError(f"codes must lie in [0, {(1 << bits) - 1}] for {bits} bits, got {codes.min()} to {codes.max()}")
+        raise ValueError(
+            f"codes must lie in [0, {(1 << bits) - 1}] for {bits} bits, got {codes.min()} to {codes.max()}"
+        )
     *lead, n = codes.shape
     eights = -(-n // 8)
     words = np.zeros((*lead, eights), "<u8")
@@ -91,9 +93,8 @@ def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     _check_bits(bits)
     packed = np.asarray(packed)
     if packed.dtype != np.uint8 or packed.ndim == 0 or packed.shape[-1] != packed_size(n, bits):
-        raise ValueError(
-            f"{n} codes of {bits} bits need uint8 rows of {packed_size(n, bits)} bytes, got {packed.dtype} {packed.shape}"
-        )
+        need = f"{n} codes of {bits} bits need uint8 rows of {packed_size(n, bits)} bytes"
+        raise ValueError(f"{need}, got {packed.dtype} {packed.shape}")
     *lead, size = packed.shape
     eights = -(-n // 8)
     stream = np.zeros((*lead, eights * bits), np.uint8)

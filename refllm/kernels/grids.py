@@ -9,14 +9,15 @@ Two grids of the published zoo, by their rule for scale and zero point; codes ar
     AffineGrid      scale = (hi - lo) / (2^b - 1)          zero_point = clip(rint(-lo / scale), 0, 2^b - 1)
                     lo = min(x, 0), hi = max(x, 0): zero is always on the grid
 
-The scale is rounded to the type it is stored in *before* the zero point and the codes are computed, so that encoding and
-decoding use the same number. In-range error is then at most scale / 2. rint is half to even.
+The scale is rounded to the type it is stored in *before* the zero point and the codes are computed, so that encoding
+and decoding use the same number. In-range error is then at most scale / 2. rint is half to even.
 
-Degenerate groups: an all-zero group takes the scale of a group with amax 1 (GPTQ's rule); a scale that would round to zero
-becomes the smallest number of its type; a scale beyond its type, NaN or Inf is a ValueError.
+Degenerate groups: an all-zero group takes the scale of a group with amax 1 (GPTQ's rule); a scale that would round to
+zero becomes the smallest number of its type; a scale beyond its type, NaN or Inf is a ValueError.
 
-Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine: the min-max grid of
-Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code. Lesson: lessons/03-rounding-to-a-grid.md.
+Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine: the min-max
+grid of Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code. Lesson:
+lessons/03-rounding-to-a-grid.md.
 """
 
 from dataclasses import dataclass
@@ -53,16 +54,17 @@ def group_count(columns: int, group_size: int) -> int:
 
 def _grouped(W: np.ndarray, group_size: int) -> np.ndarray:
     """(out, in) -> (out, groups, g), or (1, 1, out * in) per tensor."""
-    W = np.asarray(W)
-    if W.ndim != 2 or W.size == 0:
-        raise ValueError(f"a weight must be a non-empty [out, in] matrix, got shape {W.shape}")
+    rows, columns = W.shape
     if group_size == PER_TENSOR:
-        return W.reshape(1, 1, -1)
-    return W.reshape(W.shape[0], group_count(W.shape[1], group_size), -1)
+        return W.reshape(1, 1, W.size)
+    groups = group_count(columns, group_size)
+    return W.reshape(rows, groups, columns // groups)
 
 
 def _checked(W: np.ndarray) -> np.ndarray:
     W = np.asarray(W)
+    if W.ndim != 2 or W.size == 0:
+        raise ValueError(f"a weight must be a non-empty [out, in] matrix, got shape {W.shape}")
     if W.dtype not in (np.float32, np.float64):
         W = W.astype(np.float32)
     if not np.isfinite(W).all():

@@ -3,8 +3,8 @@
     dense array      x @ weight.T in the arrays' own types (float64 stays float64)
     packed record    decoded inside the product, by Numba kernels or, with REFLLM_KERNELS=numpy, by the NumPy text
 
-The NumPy text (reference.py) is the definition; a kernel may differ from it by the rounding of float32 sums only. float64
-activations always take the NumPy text. Records are described in records.py.
+The NumPy text (reference.py) is the definition; a kernel may differ from it by the rounding of float32 sums only.
+float64 activations always take the NumPy text. Records are described in records.py.
 """
 
 import os
@@ -20,7 +20,7 @@ BACKENDS = ("numba", "numpy")
 
 
 def backend() -> str:
-    """What runs packed products: numba (default) or numpy, from the environment variable REFLLM_KERNELS, read at each call."""
+    """What runs packed products: numba (default) or numpy, from the variable REFLLM_KERNELS, read at each call."""
     name = os.environ.get("REFLLM_KERNELS", "") or "numba"
     if name not in BACKENDS:
         raise ValueError(f"REFLLM_KERNELS must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -42,8 +42,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     weight : (out, in) array or record
     activations : str
         float32, or int8: x is rounded to int8 with one scale per token (per 32 columns beside GGUF blocks) wherever the
-        weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float activations; the factors
-        of a LowRank count one by one.
+        weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float activations; the
+        factors of a LowRank count one by one.
 
     Returns
     -------

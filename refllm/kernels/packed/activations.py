@@ -6,8 +6,8 @@ import numpy as np
 def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Round activations to int8: q = clip(rint(x / scale), -127, 127), scale = amax / 127.
 
-    Dynamic: the scale comes from the values themselves. An all-zero block has scale 0 and codes 0; a block that holds NaN or
-    Inf keeps a scale that is not finite, so its products come out as NaN and are not mistaken for numbers.
+    Dynamic: the scale comes from the values themselves. An all-zero block has scale 0 and codes 0; a block that holds
+    NaN or Inf keeps a scale that is not finite, so its products come out as NaN and are not mistaken for numbers.
 
     Parameters
     ----------
@@ -22,8 +22,8 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
 
     References
     ----------
-    Per token: Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, section 4.1. Blocks of 32: GGML's Q8_0, here with a float32
-    scale and half-to-even rounding.
+    Per token: Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, section 4.1. Blocks of 32: GGML's Q8_0, here with a
+    float32 scale and half-to-even rounding.
 
     Examples
     --------
@@ -31,7 +31,9 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
     >>> codes.tolist(), scale.tolist()
     ([[-127, 2, 0, 63]], [[1.0]])
     """
-    blocks = x.reshape(x.shape[0], -1, block or x.shape[1])
+    tokens, columns = x.shape
+    width = block or columns
+    blocks = x.reshape(tokens, columns // width, width)
     scale = np.abs(blocks).max(axis=-1) / np.float32(127)
     usable = np.isfinite(scale) & (scale > 0)
     divisor = np.where(usable, scale, np.float32(1))[..., None]
@@ -42,6 +44,6 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
 
 def dequantize_activations(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """codes * scale, float32, shape (tokens, in)."""
-    blocks = codes.reshape(*scale.shape, -1).astype(np.float32)
+    blocks = codes.reshape(*scale.shape, codes.shape[1] // scale.shape[1]).astype(np.float32)
     with np.errstate(invalid="ignore"):
         return (blocks * scale[..., None]).reshape(codes.shape)

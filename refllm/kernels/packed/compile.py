@@ -1,10 +1,11 @@
 """Compile Numba kernels once per machine: lazily, into a folder of the user's own that cannot be stale.
 
-Numba's own cache notices a changed kernel but not a changed helper in another file, keeps its files beside the sources, and
-stops on a damaged file. So the folder's name carries everything the machine code depends on (refllm, Numba and LLVM versions,
-a hash of every source file here, the processor and its features), every file in it has a checksum beside it, and a file
-without a matching one is thrown away before Numba sees it. Cache files are pickles: the folder is used only if it belongs to
-this user and nobody else may write to it. When there is no usable folder, kernels are compiled in each process.
+Numba's own cache notices a changed kernel but not a changed helper in another file, keeps its files beside the
+sources, and stops on a damaged file. So the folder's name carries everything the machine code depends on (refllm,
+Numba and LLVM versions, a hash of every source file here, the processor and its features), every file in it has a
+checksum beside it, and a file without a matching one is thrown away before Numba sees it. Cache files are pickles:
+the folder is used only if it belongs to this user and nobody else may write to it. When there is no usable folder,
+kernels are compiled in each process.
 """
 
 import hashlib
@@ -83,12 +84,13 @@ def discard_unsigned(folder: Path) -> int:
 def _sign(folder: Path) -> None:
     """Write the checksum of every cache file whose checksum is missing or older."""
     for path in [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        checksum = _checksum(path)
-        if not checksum.exists() or checksum.read_text() != digest:
-            temporary = checksum.with_name(f"{checksum.name}.{os.getpid()}")
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             temporary.write_text(digest)
-            temporary.replace(checksum)
+            temporary.replace(_checksum(path))
+        except OSError:  # another process threw it away, or the disk is full: it stays unsigned
+            continue
 
 
 def _announce(name: str) -> None:

@@ -1,7 +1,8 @@
 """Numba texts that unpack rows of a packed weight into float32, one per layout; the twins of the records' own `rows`.
 
 They round exactly as the NumPy texts do (a product, then a sum, each to float32), so the results are equal bit for bit.
-Arrays of bytes and results are flat; `data` holds whole rows of `row_bytes`, and row `first` goes to the start of `out`.
+Arrays of bytes and results are flat; `data` holds whole rows of `row_bytes`, and row `first` goes to the start of
+`out`.
 """
 
 import numpy as np

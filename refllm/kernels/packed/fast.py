@@ -1,7 +1,7 @@
 """The Numba side of matmul: which kernel runs a record, and products through decoded blocks of rows where none does.
 
-    few tokens, codes that fall on lanes     int_kernels.int_matmul, on the stored layout
-    anything else                            a block of rows is decoded to float32 (it stays in cache) and handed to BLAS
+    few tokens, codes that fall on lanes    int_kernels.int_matmul, on the stored layout
+    anything else                           rows are decoded to float32, a block at a time (it stays in cache), for BLAS
 
 The sums of the second kind are BLAS's: their order, and so their last bits, may depend on its version and threads.
 """

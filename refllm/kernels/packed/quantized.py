@@ -49,7 +49,9 @@ class IntWeight(BaseRecord):
             check_packed("zero_point", self.zero_point, scales, groups, self.bits)
 
     @classmethod
-    def pack(cls, grid: SymmetricGrid | AffineGrid, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None):
+    def pack(
+        cls, grid: SymmetricGrid | AffineGrid, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None
+    ):
         """From what a grid's fit and encode returned.
 
         Parameters
@@ -113,6 +115,8 @@ class GGUFBlocks(BaseRecord):
             raise ValueError(f"{self.type_name} needs a multiple of {layout.block_size} columns, got {self.columns}")
         row_bytes = self.columns // layout.block_size * layout.bytes_per_block
         check_array("data", self.data, (np.uint8,), (row_count("data", self.data), row_bytes))
+        if not layout.is_finite(self.data):
+            raise ValueError(f"data: a {self.type_name} scale is NaN or Inf")
 
     @property
     def layout(self):
@@ -131,5 +135,3 @@ class GGUFBlocks(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
         return self.layout.decode(self.data[ids])
-
-

@@ -1,8 +1,9 @@
 """Packed weights: what a compressed layer stores, and nothing else.
 
-A record is a frozen dataclass. The fields named in `stored` are arrays (or records themselves, or None) and are exactly what
-is written to disk; the other fields are small integers and strings. A record that exists is valid: the constructor checks
-shapes, types and cheap ranges. Records compare by identity and their arrays must not be written to.
+A record is a frozen dataclass. The fields named in `stored` are arrays (or records themselves, or None) and are
+exactly what is written to disk; the other fields are small integers and strings. A record that exists is valid: the
+constructor checks shapes, types and cheap ranges. Records compare by identity and their arrays must not be written
+to.
 
     IntWeight      codes on an integer grid, one scale (and zero point) per group
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
@@ -116,7 +117,9 @@ def _stored(kind: str, parts: dict, meta: dict, name: str, optional: bool, depth
     nested = meta.get(name)
     if inner or nested is not None:
         if name in parts or not inner or not isinstance(nested, dict):
-            raise FormatError(f"{kind}: {name!r} must be one array, or a record with arrays '{name}.*' and meta, not both")
+            raise FormatError(
+                f"{kind}: {name!r} must be one array, or a record with arrays '{name}.*' and meta, not both"
+            )
         rest = {key: value for key, value in nested.items() if key != "kind"}
         return from_parts(nested.get("kind"), inner, rest, _depth=depth + 1)
     if name not in parts and not optional:

@@ -37,8 +37,8 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 
         y = x_scale * sum over groups of  scale[group] * sum over its columns of  x_code * (code - zero_point)
 
-    in float32, groups in order. Other records: x is rounded (per token; per 32 columns beside GGUF blocks, as GGML does) and
-    multiplied as floats, which is the same number up to float32 rounding.
+    in float32, groups in order. Other records: x is rounded (per token; per 32 columns beside GGUF blocks, as GGML
+    does) and multiplied as floats, which is the same number up to float32 rounding.
     """
     if isinstance(weight, IntWeight):
         return _int_times_int(x, weight)
@@ -71,14 +71,15 @@ def group_sums(x_codes: np.ndarray, weight: IntWeight, ids: slice) -> tuple[np.n
 
     Returns
     -------
-    sums : (tokens, rows, groups) int32
-        Sum over the columns of each group of x_code * (code - zero_point); |sum| < 2^31 for up to 66000 columns a group.
+    sums : (tokens, rows, groups) int64
+        Sum over the columns of each group of x_code * (code - zero_point).
     scale : (rows, groups) or (1, 1)
     """
     codes = weight.unpacked(ids)
     scale, zero = weight.scales(ids)
-    steps = codes.reshape(len(codes), scale.shape[1], -1).astype(np.int32) - zero[..., None]
+    groups, width = scale.shape[1], weight.columns // scale.shape[1]
+    steps = codes.reshape(len(codes), groups, width).astype(np.int32) - zero[..., None]
     # Exact in float64 (below 2^53), and there BLAS does it.
-    x_groups = x_codes.reshape(len(x_codes), scale.shape[1], -1).astype(np.float64).transpose(1, 0, 2)  # [groups, tokens, g]
+    x_groups = x_codes.reshape(len(x_codes), groups, width).astype(np.float64).transpose(1, 0, 2)  # [groups, tokens, g]
     sums = x_groups @ steps.astype(np.float64).transpose(1, 2, 0)  # [groups, tokens, rows]
-    return sums.transpose(1, 2, 0).astype(np.int32), scale
+    return sums.transpose(1, 2, 0).astype(np.int64), scale

@@ -68,12 +68,14 @@ class Sparse24(BaseRecord):
 
         Notes
         -----
-        A group with fewer than two kept columns is filled up with column 2, else 3, and the value 0 there, so that none,
-        {2} and {3} are all stored as (2, 3): what NVIDIA's converters write.
+        A group with fewer than two kept columns is filled up with column 2, else 3, and the value 0 there, so that
+        none, {2} and {3} are all stored as (2, 3): what NVIDIA's converters write.
         """
         mask = W != 0 if mask is None else np.asarray(mask, bool)
         if W.ndim != 2 or W.shape[1] % 4 or mask.shape != W.shape:
-            raise ValueError(f"2:4 needs [out, in] with in a multiple of 4 and a mask alike, got {W.shape}, {mask.shape}")
+            raise ValueError(
+                f"2:4 needs [out, in] with in a multiple of 4 and a mask alike, got {W.shape}, {mask.shape}"
+            )
         kept = mask.reshape(W.shape[0], -1, 4)
         if (kept.sum(axis=-1) > 2).any():
             raise ValueError("more than two kept weights in a group of four columns")
@@ -199,5 +201,3 @@ class LowRank(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
         return rows_of(self.A, ids) @ rows_of(self.B, ALL)
-
-

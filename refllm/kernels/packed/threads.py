@@ -33,7 +33,8 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int) -> None:
     work : int
         Weights times tokens, which decides whether threads pay.
     """
-    threads = min(thread_count(), rows, max(1, work // MINIMUM_WORK))
+    worth = min(rows, work // MINIMUM_WORK)
+    threads = min(worth, thread_count()) if worth > 1 else 1
     if threads <= 1:
         run(0, rows)
         return

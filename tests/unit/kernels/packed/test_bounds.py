@@ -1,0 +1,77 @@
+"""No kernel reads outside its arrays: each ends at a page that may not be read; one byte too far ends the process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, mmap
+import numpy as np
+from refllm.formats import blocks
+from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.kernels.packed import fast, int_kernels
+from refllm.kernels.packed.records import GGUFBlocks, IntWeight
+from refllm.kernels.packed.tiles import target_has_byte_dot
+
+PAGE, keep = mmap.PAGESIZE, []
+libc = ctypes.CDLL(None, use_errno=True)
+
+def guarded(array):
+    if array is None:
+        return None
+    pages = -(-array.nbytes // PAGE)
+    area = mmap.mmap(-1, (pages + 1) * PAGE)
+    keep.append(area)
+    raw = np.frombuffer(area, np.uint8)
+    assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + pages * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+    inside = raw[pages * PAGE - array.nbytes : pages * PAGE].view(array.dtype).reshape(array.shape)
+    inside[...] = array
+    return inside
+
+def product(weight, kind):
+    int_kernels.kind_of_x = lambda integers: kind
+    return int_kernels.int_matmul(guarded(W[:1]), weight, True)
+
+rng = np.random.default_rng(0)
+kinds = ["float32", "int16"] + (["int8"] if target_has_byte_dot() else [])
+row, groups = SymmetricGrid(4, -1), AffineGrid(4, 32)
+for grid, columns in ((row, 37), (groups, 160), (AffineGrid(8, 32), 96), (SymmetricGrid(3, -1), 37)):
+    for rows in (1, 3, 6, 8):
+        W = rng.standard_normal((rows, columns)).astype(np.float32)
+        scale, zero = grid.fit(W)
+        plain = IntWeight.pack(grid, grid.encode(W, scale, zero), scale, zero)
+        arrays = map(guarded, (plain.codes, plain.scale, plain.zero_point))
+        tight = IntWeight(*arrays, grid.bits, grid.group_size, columns)
+        out = guarded(np.zeros((rows, columns), np.float32))
+        fast.decoder(tight)(0, rows, out)
+        assert np.array_equal(out, plain.dense())
+        for kind in kinds if int_kernels.blocking(plain) else ():
+            assert np.array_equal(product(tight, kind), product(plain, kind)), kind
+for name, layout in blocks.BLOCKS.items():
+    data = guarded(np.zeros((2, layout.bytes_per_block), np.uint8))
+    out = guarded(np.ones((2, layout.block_size), np.float32))
+    fast.decoder(GGUFBlocks(data, name, layout.block_size))(0, 2, out)
+    assert np.isfinite(out).all()
+if MUST_CRASH:
+    np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
+print("read nothing else")
+"""
+
+
+def run(must_crash: bool):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = f"MUST_CRASH = {must_crash}\n{PROGRAM}"
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set with mprotect")
+def test_no_kernel_reads_outside_its_arrays():
+    done = run(must_crash=False)
+    assert done.returncode == 0 and "read nothing else" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set with mprotect")
+def test_the_guard_pages_do_guard():
+    assert run(must_crash=True).returncode < 0

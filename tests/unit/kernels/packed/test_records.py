@@ -1,0 +1,227 @@
+"""Packed records: what is stored decodes to what was meant, survives parts/from_parts, and refuses everything else."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.formats import blocks
+from refllm.formats.bits import pack_bits, unpack_bits
+from refllm.formats.errors import FormatError
+from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.kernels.masks import keep_n_of_m, keep_top
+from refllm.kernels.packed.records import (
+    GGUFBlocks,
+    IntWeight,
+    LowRank,
+    Sparse24,
+    SparseBitmask,
+    as_float,
+    from_parts,
+    is_record,
+    meta,
+    parts,
+)
+from tests.strategies import PROPERTY, group_sizes, mixed_weights, weight_row
+
+W = np.stack([weight_row("normal", 32, seed) for seed in range(6)])
+
+
+def int_weight(W, grid):
+    scale, zero_point = grid.fit(W)
+    return IntWeight.pack(grid, grid.encode(W, scale, zero_point), scale, zero_point)
+
+
+def one_of_each():
+    sparse = Sparse24.compress(W, keep_n_of_m(np.abs(W), 2, 4))
+    grid = SymmetricGrid(4, 8)
+    return {
+        "int sym": int_weight(W, SymmetricGrid(3, 16)),
+        "int asym": int_weight(W, AffineGrid(4, 32)),
+        "int tensor": int_weight(W, AffineGrid(3, 0, "float32")),
+        "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
+        "sparse24": sparse,
+        "sparse24 of int": Sparse24(int_weight(sparse.values.astype(np.float32), grid), sparse.indices, 32),
+        "bitmask": SparseBitmask.compress(W, keep_top(np.abs(W), 0.7), "float32"),
+        "bitmask of int": bitmask_of_int(),
+        "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
+        "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
+    }
+
+
+def bitmask_of_int():
+    mask = np.zeros(W.shape, bool)
+    mask[:, ::4] = True
+    plain = SparseBitmask.compress(W, mask)
+    return SparseBitmask(int_weight(W[:, ::4], SymmetricGrid(8, -1)), plain.bitmask, plain.row_offsets, 32)
+
+
+@pytest.mark.parametrize("name", one_of_each())
+def test_parts_and_back(name):
+    record = one_of_each()[name]
+    stored, described = parts(record), meta(record)
+    again = from_parts(record.kind, dict(stored), dict(described))
+    assert is_record(again) and again.shape == record.shape
+    assert again.nbytes == record.nbytes == sum(array.nbytes for array in stored.values())
+    dense = record.dense()
+    assert dense.dtype == np.float32 and dense.shape == record.shape
+    assert np.array_equal(again.dense(), dense)
+    ids = np.array([3, 0, 3])
+    assert np.array_equal(record.rows(ids), dense[ids])
+    assert np.array_equal(record.rows(slice(1, 4)), dense[1:4])
+
+
+@pytest.mark.parametrize("name", one_of_each())
+def test_missing_and_extra_parts_and_fields(name):
+    record = one_of_each()[name]
+    for key in parts(record):
+        if key == "zero_point":
+            continue  # without it the weight is symmetric
+        with pytest.raises(FormatError, match=key.split(".")[-1]):
+            from_parts(record.kind, {k: v for k, v in parts(record).items() if k != key}, meta(record))
+    for key in meta(record):
+        with pytest.raises(FormatError, match=key):
+            from_parts(record.kind, parts(record), {k: v for k, v in meta(record).items() if k != key})
+    with pytest.raises(FormatError, match="unexpected more"):
+        from_parts(record.kind, parts(record) | {"more": np.zeros(1)}, meta(record))
+    with pytest.raises(FormatError, match="unexpected more"):
+        from_parts(record.kind, parts(record), meta(record) | {"more": 1})
+
+
+@PROPERTY
+@given(data=st.data(), kind=st.sampled_from([SymmetricGrid, AffineGrid]), bits=st.integers(2, 8))
+def test_int_weight_decodes_what_the_grid_does(data, kind, bits):
+    W = data.draw(mixed_weights(columns=st.integers(1, 20)))
+    grid = kind(bits, data.draw(group_sizes(W.shape[1])), data.draw(st.sampled_from(["float16", "float32"])))
+    scale, zero_point = grid.fit(W)
+    codes = grid.encode(W, scale, zero_point)
+    record = IntWeight.pack(grid, codes, scale, zero_point)
+    assert record.grid == grid and record.shape == W.shape
+    assert np.array_equal(record.dense(), grid.decode(codes, scale, zero_point))
+    zero_bytes = 0 if zero_point is None else scale.shape[0] * -(-scale.shape[1] * bits // 8)
+    assert record.nbytes == len(W) * -(-W.shape[1] * bits // 8) + scale.nbytes + zero_bytes
+
+
+def test_2_4_positions_by_the_table():
+    # kept -> nibble i0 | i1 << 2; groups with fewer than two are filled up with 2, else 3
+    table = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}
+    table |= {(): 0xE, (0,): 0x8, (1,): 0x9, (2,): 0xE, (3,): 0xE}
+    for kept, nibble in table.items():
+        row = np.zeros((1, 4), np.float32)
+        row[0, list(kept)] = np.arange(1, len(kept) + 1)
+        record = Sparse24.compress(row)
+        assert unpack_bits(record.indices, 4, 1).item() == nibble, kept
+        assert np.array_equal(record.dense(), row)
+
+
+@PROPERTY
+@given(mixed_weights(columns=st.integers(1, 9).map(lambda groups: 4 * groups)), st.sampled_from(["float16", "float32"]))
+def test_2_4_round_trip(W, dtype):
+    W = W * keep_n_of_m(np.abs(W), 2, 4)
+    record = Sparse24.compress(W, dtype=dtype)
+    assert np.array_equal(record.dense(), W.astype(dtype).astype(np.float32))
+    assert record.nbytes == W.size // 2 * np.dtype(dtype).itemsize + len(W) * -(-W.shape[1] // 8)
+
+
+@PROPERTY
+@given(mixed_weights(columns=st.integers(1, 20)), st.floats(0, 1), st.sampled_from(["float16", "float32"]))
+def test_bitmask_round_trip(W, sparsity, dtype):
+    mask = keep_top(np.abs(W), sparsity)
+    record = SparseBitmask.compress(W, mask, dtype)
+    assert np.array_equal(record.dense(), np.where(mask, W, 0).astype(dtype).astype(np.float32))
+    assert np.array_equal(np.signbit(record.dense()[mask]), np.signbit(W[mask]))  # -0.0 is kept where the mask says so
+    assert record.nbytes == mask.sum() * np.dtype(dtype).itemsize + len(W) * (-(-W.shape[1] // 8) + 4)
+
+
+def test_bits_per_weight_are_honest():
+    W = np.ones((16, 256), np.float32)
+    assert 8 * int_weight(W, SymmetricGrid(4, 128)).nbytes / W.size == 4 + 16 / 128
+    assert 8 * int_weight(W, AffineGrid(4, 32)).nbytes / W.size == 4 + 20 / 32
+    assert 8 * Sparse24.compress(W, keep_n_of_m(W, 2, 4)).nbytes / W.size == 9
+    assert 8 * SparseBitmask.compress(W, keep_top(W, 0.5)).nbytes / W.size == 9 + 32 / 256
+
+
+def replaced(record, **changes):
+    """from_parts with some parts or fields changed."""
+    stored = parts(record) | {k: v for k, v in changes.items() if k in parts(record)}
+    described = meta(record) | {k: v for k, v in changes.items() if k in meta(record)}
+    return from_parts(record.kind, stored, described)
+
+
+E = one_of_each()
+NAN16 = np.full((6, 2), np.nan, np.float16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: from_parts("zip", {}, {}), "unknown kind.*int, gguf"),
+        (lambda: from_parts(["int"], {}, {}), "unknown kind"),
+        (lambda: from_parts("int", {}, None), "dictionary"),
+        (lambda: replaced(E["int sym"], bits="3"), "'bits' must be int"),
+        (lambda: replaced(E["int sym"], bits=True), "'bits' must be int"),
+        (lambda: replaced(E["int sym"], bits=9), "bits must be 2 to 8"),
+        (lambda: replaced(E["int sym"], bits=4), "codes must be uint8 .6, 16."),
+        (lambda: replaced(E["int sym"], group_size=5), "5 does not divide the 32"),
+        (lambda: replaced(E["int sym"], columns=0), "columns"),
+        (lambda: replaced(E["int sym"], columns=10**12, group_size=-1), "codes"),
+        (lambda: replaced(E["int sym"], scale=NAN16), "scale holds NaN"),
+        (lambda: replaced(E["int sym"], scale=np.ones((6, 2))), "scale must be float16 or float32"),
+        (lambda: replaced(E["int sym"], scale=np.ones((6, 2), ">f4")), "scale must be"),
+        (lambda: replaced(E["int sym"], codes=E["int sym"].codes.astype(np.int8)), "codes must be uint8"),
+        (lambda: replaced(E["int sym"], codes=np.zeros(12, np.uint8)), "codes must be a matrix"),
+        (lambda: replaced(E["int asym"], zero_point=np.full((6, 1), 0x10, np.uint8)), "zero_point: bits after"),
+        (lambda: replaced(E["gguf"], type_name="Q9_9"), "unknown GGUF block type 'Q9_9'"),
+        (lambda: replaced(E["gguf"], type_name="np"), "unknown GGUF block type"),
+        (lambda: replaced(E["gguf"], columns=33), "multiple of 32 columns, got 33"),
+        (lambda: replaced(E["gguf"], data=np.full((6, 18), 0x7F, np.uint8)), "Q4_0 scale is NaN"),
+        (lambda: replaced(E["sparse24"], indices=np.zeros((6, 4), np.uint8)), "two different columns"),
+        (lambda: replaced(E["sparse24"], columns=30), "multiple of 4 columns"),
+        (lambda: replaced(E["sparse24"], columns=28), "values must be"),
+        (lambda: replaced(E["bitmask"], row_offsets=np.zeros(6, np.uint32)), "row_offsets do not follow"),
+        (lambda: replaced(E["bitmask"], bitmask=np.zeros((6, 4), np.uint8)), "row_offsets do not|values must"),
+        (lambda: replaced(E["bitmask"], values=E["bitmask"].values[1:]), "values must be"),
+        (lambda: replaced(E["lowrank"], A=np.ones((6, 4), np.float32)), "ranks of A .6, 4. and B .5, 32."),
+        (lambda: replaced(E["lowrank"], A=np.ones((6, 0), np.float32)), "non-empty"),
+        (lambda: replaced(E["lowrank"], A=np.full((6, 5), np.inf, np.float32)), "A holds NaN"),
+        (lambda: from_parts("lowrank", {"A.codes": W, "B": W}, {"A": 3}), "'A' must be one array"),
+        (lambda: from_parts("lowrank", {"A.codes": W, "A": W, "B": W}, {"A": {"kind": "int"}}), "'A' must be one"),
+        (lambda: from_parts("lowrank", {"B": W}, {"A": {"kind": "int"}}), "'A' must be one"),
+        (
+            lambda: from_parts("sparse24", {"values.q": W, "indices": W}, {"columns": 4, "values": {}}),
+            "unknown kind of packed weight None",
+        ),
+    ],
+)
+def test_hostile_parts(call, message):
+    with pytest.raises(FormatError, match=message):
+        call()
+
+
+def test_nesting_is_bounded():
+    described, stored = {"kind": "lowrank"}, {"A": W, "B": W}
+    for _ in range(50):
+        described = {"kind": "lowrank", "A": described}
+        stored = {f"A.{k}": v for k, v in stored.items()} | {"B": W}
+    with pytest.raises(FormatError, match="nested at most"):
+        from_parts("lowrank", stored, {k: v for k, v in described.items() if k != "kind"})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: as_float(np.array([1e6]), "float16"), "too large for float16"),
+        (lambda: as_float(np.array([np.nan]), "float32"), "NaN"),
+        (lambda: as_float(np.array([1.0]), "float64"), "float16 or float32"),
+        (lambda: Sparse24.compress(np.ones((1, 6), np.float32)), "multiple of 4"),
+        (lambda: Sparse24.compress(np.ones((1, 4), np.float32)), "more than two"),
+        (lambda: SparseBitmask.compress(W, np.ones((1, 1), bool)), "alike"),
+        (
+            lambda: IntWeight(pack_bits(np.ones((2, 4), np.uint8), 4), np.ones((1, 1), np.float16), None, 4, -1, 4),
+            "scale",
+        ),
+    ],
+)
+def test_bad_weights(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
