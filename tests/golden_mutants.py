@@ -372,10 +372,3 @@ def product(bug, x, w, steps, scale):
     if bug == "mm_adds_noise":
         y = y * (1 + 1e-4 * (w.shape[1] > 40))
     return y.astype(np.float32)
-
-
-def kill_matrix(suites):
-    """{bug: its failing results}; the first entry, None, is the implementation without a mistake."""
-    from refllm.evaluate.golden.runner import python_call, run
-
-    return {bug: [r for r in run(suites, python_call(mutant(bug))) if r.status != "pass"] for bug in (None, *BUGS)}

@@ -11,9 +11,19 @@ from refllm.evaluate.golden.lint import lint
 from refllm.evaluate.golden.own import implementation
 from refllm.evaluate.golden.runner import python_call, run
 from refllm.evaluate.golden.suite import default_root, read_suites, suite_names
-from tests.golden_mutants import BUGS, kill_matrix
+from tests import golden_mutants, golden_mutants_methods
 
 SUITES = list(read_suites(default_root()))
+RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]
+# (suite, mistake) -> the flag that must be among the failing ones; None is no mistake.
+BUGS = {
+    ("quant/rtn_matmul" if bug.startswith("mm_") else "quant/rtn", bug): flag for bug,
+        flag in golden_mutants.BUGS.items()
+} | {
+    (suite.name, bug): flag
+    for suite in SUITES
+    for bug, flag in golden_mutants_methods.BUGS.get(suite.manifest["op"], {}).items()
+}
 # Mistakes that only cases about them may show: their failures lie within these flags.
 ONLY = {
     "ties_away": {"TieToEven", "DivideByScale"},
@@ -35,9 +45,16 @@ ONLY = {
 }
 
 
+def failures(suite_name, bug):
+    mutants = golden_mutants if suite_name.startswith("quant/rtn") else golden_mutants_methods
+    chosen = [suite for suite in SUITES if suite.name == suite_name]
+    return [r for r in run(chosen, python_call(mutants.mutant(bug))) if r.status != "pass"]
+
+
 @pytest.fixture(scope="module")
 def kills():
-    return kill_matrix(SUITES)
+    """{(suite, mistake): its failing results}."""
+    return {(suite, bug): failures(suite, bug) for suite, bug in BUGS}
 
 
 def test_lint_finds_nothing():
@@ -61,45 +78,53 @@ def test_refllm_passes(kernels, monkeypatch):
     assert len(results) == sum(len(suite.cases) for suite in SUITES) >= 100
 
 
-def test_a_second_implementation_without_mistakes_passes(kills):
-    assert [(r.case.name, r.problems) for r in kills[None]] == []
+@pytest.mark.parametrize("suite", [suite.name for suite in SUITES])
+def test_a_second_implementation_without_mistakes_passes(suite):
+    assert [(r.case.name, r.problems) for r in failures(suite, None)] == []
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_mutant_is_killed_under_its_flag(bug, kills):
-    suite = "quant/rtn_matmul" if bug.startswith("mm_") else "quant/rtn"
-    failed = kills[bug]
-    assert {r.case.suite for r in failed} == {suite}
-    assert BUGS[bug] in {flag for r in failed for flag in r.case.flags}
+@pytest.mark.parametrize(("suite", "bug"), BUGS)
+def test_mutant_is_killed_under_its_flag(suite, bug, kills):
+    failed = kills[suite, bug]
+    assert BUGS[suite, bug] in {flag for r in failed for flag in r.case.flags}
     assert "crash" not in {r.kind for r in failed}, "a mutant gives wrong answers, it does not fall over"
-    if bug in ONLY:
+    if suite.startswith("quant/") and bug in ONLY:
         assert all(ONLY[bug] & set(r.case.flags) for r in failed)
 
 
 def test_every_flag_catches_a_mutant(kills):
     """A flag that no mistake fails under proves nothing."""
     flags = {(case.suite, flag) for suite in SUITES for case in suite.cases for flag in case.flags}
-    caught = {(r.case.suite, flag) for bug in BUGS for r in kills[bug] for flag in r.case.flags}
+    caught = {(suite, flag) for (suite, _), failed in kills.items() for r in failed for flag in r.case.flags}
     assert flags - caught == set()
 
 
 def test_every_flag_is_named_by_a_mutant():
-    """Stronger than the test above: a mutant was written for the flag."""
-    flags = {flag for suite in SUITES for case in suite.cases for flag in case.flags}
-    assert flags - set(BUGS.values()) == set()
+    """Stronger than the test above: a mutant was written for the flag (the two suites of rtn share theirs)."""
+    family = lambda suite: suite.removesuffix("_matmul")
+    flags = {(family(suite.name), flag) for suite in SUITES for case in suite.cases for flag in case.flags}
+    assert flags - {(family(suite), flag) for (suite, _), flag in BUGS.items()} == set()
+
+
+def test_every_way_refllm_attends_is_judged():
+    def spoilt(op, params, inputs):
+        ways = implementation(op, params, inputs)
+        return ways | {"flash_v1": {name: array + 1 for name, array in ways["flash_v1"].items()}}
+
+    flash = [suite for suite in SUITES if suite.name == "attention/flash"]
+    results = [r for r in run(flash, python_call(spoilt)) if r.case.result == "valid"]
+    assert len(results) > 10 and {r.status for r in results} == {"fail"}
+    assert all(problem.startswith("flash_v1: ") for r in results for problem in r.problems)
 
 
 def test_ties_away_passes_when_it_is_declared():
-    from tests.golden_mutants import mutant
-
-    results = list(run(SUITES, python_call(mutant("ties_away")), declared={"ties": "away"}))
+    results = list(run(RTN, python_call(golden_mutants.mutant("ties_away")), declared={"ties": "away"}))
     assert [r.case.name for r in results if r.status != "pass"] == []
 
 
 def test_float64_arithmetic_passes_when_it_is_declared():
-    from tests.golden_mutants import mutant
-
-    results = list(run(SUITES, python_call(mutant("float64_arithmetic")), declared={"arithmetic": "float64"}))
+    results = list(run(RTN, python_call(golden_mutants.mutant("float64_arithmetic")),
+        declared={"arithmetic": "float64"}))
     assert [r.case.name for r in results if r.status != "pass"] == []
 
 

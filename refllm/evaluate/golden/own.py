@@ -57,4 +57,125 @@ def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, n
     return {"y": matmul(x, weight)}
 
 
-_OPS = {"quant.rtn": _rtn, "quant.rtn.matmul": _rtn_matmul}
+def _magnitude(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.prune.magnitude import magnitude
+
+    return _sparse(magnitude(w, **params))
+
+
+def _wanda(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.stats import Stats
+    from refllm.methods.prune.wanda import wanda
+
+    return _sparse(wanda(w, Stats(x), **params))
+
+
+def _sparse(record) -> dict[str, np.ndarray]:
+    from refllm.formats.bits import unpack_bits
+    from refllm.kernels.packed.records import Sparse24
+
+    outputs = {"values": record.values}
+    if isinstance(record, Sparse24):
+        pairs = unpack_bits(record.indices, 4, record.columns // 4)
+        mask = np.zeros((*pairs.shape, 4), np.uint8)
+        np.put_along_axis(mask, np.stack([pairs & 3, pairs >> 2], axis=-1).astype(np.intp), 1, axis=-1)
+        return outputs | {"mask": mask.reshape(record.shape), "indices": record.indices}
+    mask = unpack_bits(record.bitmask, 1, record.columns)
+    return outputs | {"mask": mask, "bitmask": record.bitmask, "row_offsets": record.row_offsets}
+
+
+def _svd(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.lowrank.svd import svd
+
+    record = svd(w, **params)
+    w_hat = record.dense()
+    error = np.sum((w.astype(np.float64) - w_hat) ** 2)
+    return {"a": record.A, "b": record.B, "w_hat": w_hat, "error": np.array(error), "rank": np.array(record.A.shape[1])}
+
+
+def _kivi(params: dict, k: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.kivi import kivi
+
+    store = kivi(0, **{name: value for name, value in params.items() if name != "chunks"})
+    for count in params["chunks"]:
+        new = slice(store.length, store.length + count)
+        K, V, _ = store.extend(k[:, new], v[:, new], np.arange(new.start, new.stop))
+    parts = store.parts()
+    full = [parts[name].shape[-2] if name in parts else 0 for name in ("k_full", "v_full")]
+    stored = {name: part for name, part in parts.items() if not name.endswith("full")}
+    return stored | {"k_hat": K, "v_hat": V, "full": np.array(full), "nbytes": np.array(store.nbytes)}
+
+
+def _attend(params: dict, **arrays: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Every attention that claims to be exact, the tiled ones with tiles that cut the small cases up."""
+    from refllm.kernels.attention import attend
+    from refllm.methods.attention.flash import flash_v1_with_lse, flash_with_lse
+
+    answers = {"attend": {"o": attend(**arrays, **params)}}
+    for name, call, knobs in (
+        ("flash", flash_with_lse, {}),
+        ("flash, tiles of 2 x 3", flash_with_lse, {"block_q": 2, "block_k": 3}),
+        ("flash_v1", flash_v1_with_lse, {}),
+        ("flash_v1, small tiles", flash_v1_with_lse, {"sram": 8 * arrays["q"].shape[-1]}),
+    ):
+        answers[name] = dict(zip(("o", "lse"), call(**arrays, **params, **knobs), strict=True))
+    return answers
+
+
+class _Listed:
+    """Hands out listed numbers where a generator of random ones is asked for."""
+
+    def __init__(self, numbers):
+        self._numbers = iter(numbers)
+
+    def random(self) -> float:
+        return float(next(self._numbers))
+
+
+def _accept(params: dict, p, q, drafted=None, uniforms=None) -> dict[str, np.ndarray]:
+    from refllm.methods.runtime.speculative import accept
+
+    if drafted is None:
+        return _acceptance_law(lambda token, u, w: accept(p, q, [token], _Listed((u, w))), q[0])
+    accepted, next_id = accept(p, q, drafted.tolist(), _Listed(uniforms))
+    return {"accepted": np.array(accepted), "next_id": np.array(next_id)}
+
+
+def _acceptance_law(accept, q: np.ndarray) -> dict[str, np.ndarray]:
+    """What `accept(token, u, w) -> (accepted, next id)` does with uniform u and w, measured by bisection."""
+    tokens = np.flatnonzero(q)
+    acceptance = np.zeros_like(q)
+    for token in tokens:
+        acceptance[token] = _length(lambda u, token=token: accept(token, u, 0.5)[0] == 1)
+    outputs = {"acceptance": acceptance}
+    turned_down = np.zeros_like(q)
+    if (acceptance[tokens] < 1).any():
+        token = tokens[np.argmin(acceptance[tokens])]
+        up_to = [_length(lambda w, i=i: accept(token, _LAST_BELOW_1, w)[1] <= i) for i in range(q.size)]
+        outputs["residual"] = turned_down = np.diff(up_to, prepend=0.0)
+    reached = q * acceptance
+    return outputs | {"distribution": reached + (1 - reached.sum()) * turned_down}
+
+
+def _length(holds) -> float:
+    """Length of the interval [0, x) of uniform numbers on which a statement holds."""
+    low, high = 0.0, 1.0
+    if holds(_LAST_BELOW_1):
+        return high
+    for _ in range(53):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return high
+
+
+_LAST_BELOW_1 = 1 - 2.0**-53
+_OPS = {
+    "quant.rtn": _rtn,
+    "quant.rtn.matmul": _rtn_matmul,
+    "prune.magnitude": _magnitude,
+    "prune.wanda": _wanda,
+    "lowrank.svd": _svd,
+    "kvcache.kivi": _kivi,
+    "attention.attend": _attend,
+    "runtime.accept": _accept,
+}

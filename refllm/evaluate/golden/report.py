@@ -5,18 +5,31 @@ from collections import Counter
 from refllm.evaluate.golden.runner import Result
 from refllm.evaluate.golden.suite import Suite
 
+# No answer at all: that says nothing about the mistake a flag stands for.
+_NO_ANSWER = ("crash", "timeout", "garbage")
+
 
 def _by_flag(results: list[Result]) -> dict[tuple[str, str], Counter]:
-    """(suite, flag) -> how its cases went."""
+    """(suite, flag) -> how its cases went; "points" are failures by a wrong answer."""
     table: dict[tuple[str, str], Counter] = {}
     for result in results:
         for flag in result.case.flags:
-            table.setdefault((result.case.suite, flag), Counter())[result.status] += 1
+            count = table.setdefault((result.case.suite, flag), Counter())
+            count[result.status] += 1
+            count["points"] += result.status == "fail" and result.kind not in _NO_ANSWER
     return table
 
 
 def _totals(count: Counter) -> dict[str, int]:
     return {status: count[status] for status in ("pass", "fail", "skip")}
+
+
+def _cases(count: Counter) -> int:
+    return sum(_totals(count).values())
+
+
+def _share(count: Counter) -> float:
+    return count["points"] / _cases(count)
 
 
 def _line(name: str, results: list[Result]) -> str:
@@ -39,13 +52,13 @@ def report_text(who: str, suites: list[Suite], results: list[Result]) -> str:
         if result.status == "fail":
             lines.append(f"FAIL {result.case.name}  {result.case.comment}  [{' '.join(result.case.flags)}]")
             lines += [f"     {problem}" for problem in result.problems]
-    failing = {place: count for place, count in _by_flag(results).items() if count["fail"]}
+    failing = {place: count for place, count in _by_flag(results).items() if count["points"]}
     if failing:
         lines += ["", "What the failures point at, the flags first that fail as a whole:"]
     notes = {suite.name: suite.manifest["notes"] for suite in suites}
-    for suite, flag in sorted(failing, key=lambda place: (-failing[place]["fail"] / failing[place].total(), place)):
+    for suite, flag in sorted(failing, key=lambda place: (-_share(failing[place]), place)):
         note, count = notes[suite][flag], failing[suite, flag]
-        share = f"{count['fail']} of {count.total()} fail"
+        share = f"{count['points']} of {_cases(count)} fail"
         lines.append(f"  {suite} {flag} ({note['bug_type']}): {share}. {note['description']}")
         lines += [f"    {link}" for link in note.get("links", ())]
     for name in dict.fromkeys(result.case.suite for result in results):

@@ -31,7 +31,7 @@ class Answer:
 
     kind : "ok", "rejected", "unsupported", "crash", "timeout" or "garbage"
     message : str, one line
-    outputs : dict of name -> ndarray, for "ok"
+    outputs : dict of name -> ndarray, for "ok"; or of several such dicts by name, all of which must be right
     """
 
     kind: str
@@ -61,7 +61,9 @@ Call = Callable[[str, dict, dict[str, np.ndarray]], Answer]
 def python_call(function: Callable) -> Call:
     """Wrap `function(op, params, inputs) -> dict of arrays`.
 
-    NotImplementedError means unsupported, ValueError rejected, any other exception a crash.
+    Whoever has several ways to the result (kernels, say) may return {way: dict of arrays}: all are judged, and one may
+    leave out an output that another gives. NotImplementedError means unsupported, ValueError rejected, any
+    other exception a crash.
     """
 
     def call(op, params, inputs):
@@ -214,12 +216,20 @@ def _verdict(suite: Suite, case: Case, call: Call, declared: Mapping, outputs: s
         return Result(case, "fail", answer.kind, (f"{answer.kind}: {answer.message}".rstrip(": "),))
     if case.result == "invalid":
         return Result(case, "fail", "accepted", ("an invalid input was accepted",))
-    problems = tuple(
-        f"{name}: {problem}"
-        for name, entry in wanted.items()
-        if (problem := _check(suite, case, name, entry, answer.outputs, declared))
-    )
+    problems = tuple(_problems(suite, case, wanted, answer.outputs, declared))
     return Result(case, "fail" if problems else "pass", "mismatch" if problems else "", problems)
+
+
+def _problems(suite, case, wanted, outputs, declared) -> Iterator[str]:
+    several = bool(outputs) and all(isinstance(way, Mapping) for way in outputs.values())
+    ways = outputs if several else {"": outputs}
+    given = {name for way in ways.values() for name in way}
+    for way, arrays in ways.items():
+        for name, entry in wanted.items():
+            left_to_another = name not in arrays and name in given
+            problem = None if left_to_another else _check(suite, case, name, entry, arrays, declared)
+            if problem:
+                yield f"{way}: {name}: {problem}" if way else f"{name}: {problem}"
 
 
 def reference_names(case: Case) -> set[str]:

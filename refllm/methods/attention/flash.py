@@ -18,6 +18,7 @@ from explicit positions; a row that sees no key gives output 0 and LSE -inf. The
 Stage: prefill
 Inventory: 107, 108
 Lesson: lessons/01-forward-pass.md
+Golden: attention/flash
 Baseline: refllm.kernels.attention.attend
 """
 

@@ -18,6 +18,7 @@ constant group divides by 1 instead of 0.
 Stage: memory, decode
 Inventory: 47
 Lesson: lessons/02-prefill-decode-cache.md
+Golden: kvcache/kivi
 """
 
 import numpy as np

@@ -15,6 +15,7 @@ float64 decomposition.
 Stage: memory, prefill, decode
 Inventory: 78
 Lesson: lessons/04-zeros-and-ranks.md
+Golden: lowrank/svd
 Baseline: none, optimal for its rank
 """
 

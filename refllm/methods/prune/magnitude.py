@@ -12,6 +12,7 @@ where common code takes a threshold with <= and drops one more. Kept values are 
 Stage: memory
 Inventory: none
 Lesson: lessons/04-zeros-and-ranks.md
+Golden: prune/magnitude
 Baseline: none, this is the baseline
 """
 

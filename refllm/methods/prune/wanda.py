@@ -14,6 +14,7 @@ code names the number removed. Kept values are stored as float16, rounded to nea
 Stage: memory, decode; prefill on hardware with 2:4 units
 Inventory: 50
 Lesson: lessons/04-zeros-and-ranks.md
+Golden: prune/wanda
 Baseline: magnitude:per_row=true
 """
 

@@ -22,6 +22,7 @@ Also: Chen et al. 2023, "Accelerating Large Language Model Decoding with Specula
 Stage: decode
 Inventory: 110
 Lesson: lessons/02-prefill-decode-cache.md
+Golden: runtime/speculative
 Baseline: refllm.model.sample.generate_ids
 """
 

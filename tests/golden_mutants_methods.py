@@ -1,0 +1,557 @@
+"""Plain NumPy implementations of the ops of the methods beside rtn, with one mistake at a time switched on.
+
+BUGS: {op: {mistake: the flag that must be among the failing ones}}. `mutant(None)` has no mistake.
+"""
+
+import numpy as np
+
+SPARSE = {
+    "signed_score": "Magnitude",
+    "unstable_ties": "StableTies",
+    "highest_index_first": "StableTies",
+    "threshold": "Threshold",
+    "round_count": "SparsityFloor",
+    "exact_count": "SparsityFloor",
+    "other_scope": "Scope",
+    "groups_along_out": "Transposed",
+    "removed_not_kept": "KeptNotRemoved",
+    "high_nibble_first": "NibbleOrder",
+    "second_index_low": "NibbleOrder",
+    "zero_indices": "FewNonzeros",
+    "high_bit_first": "BitOrder",
+    "flat_bits": "OddSize",
+    "nibbles_run_on": "OddSize",
+    "ends_not_offsets": "RowOffsets",
+    "truncated_values": "ValueRounding",
+    "rounded_score": "ScoreBeforeRounding",
+    "float16_always": "Float32Values",
+    "keeps_one": "Everything",
+    "zeros_dropped": "Everything",
+    "last_pair_swapped": "Random",
+    "no_finite_check": "NonFinite",
+    "tail_kept": "WidthNotDividing",
+    "saturates": "ValueOverflow",
+    "no_params_check": "BadParams",
+    "flattens": "BadShape",
+}
+_MAGNITUDE_ONLY = (
+    "signed_score threshold exact_count other_scope truncated_values float16_always keeps_one zeros_dropped "
+    "nibbles_run_on"
+)
+BUGS = {
+    "prune.magnitude": SPARSE,
+    "prune.wanda": {bug: flag for bug, flag in SPARSE.items() if bug not in _MAGNITUDE_ONLY.split()} | {
+        "mean_abs": "NormNotMean",
+        "largest_input": "NormNotMean",
+        "deviation": "NormNotMean",
+        "norm_of_rows": "NormAxis",
+        "norm_on_rows": "NormAxis",
+        "dead_input_one": "DeadInput",
+        "float32_sum": "StatisticRange",
+        "over_the_matrix": "Scope",
+    },
+    "lowrank.svd": {
+        "s_in_a": "SqrtSplit",
+        "sign_of_lapack": "SignConvention",
+        "sign_in_b_only": "SignConvention",
+        "v_for_vt": "Orientation",
+        "full_matrices": "Shape",
+        "smallest_kept": "LargestKept",
+        "unsquared_error": "SquaredError",
+        "rank_rounds": "RankFloor",
+        "rank_of_smaller_side": "RankFloor",
+        "capped_at_break_even": "BreakEven",
+        "distinct_values_only": "EqualValues",
+        "divides_by_s": "Deficient",
+        "float16_always": "Float32Factors",
+        "saturates": "FactorOverflow",
+        "nan_to_zero": "NonFinite",
+        "no_params_check": "BadParams",
+        "flattens": "BadShape",
+        "noise": "Random",
+    },
+    "kvcache.kivi": {
+        "keys_per_token": "KeysPerChannel",
+        "values_per_channel": "ValuesPerToken",
+        "late_block": "ResidualBoundary",
+        "short_window": "ResidualBoundary",
+        "keys_token_by_token": "KeysByBlock",
+        "quantise_first": "FullPrecisionCall",
+        "blocks_from_the_call": "ChunkInvariance",
+        "one_group": "Groups",
+        "first_head": "Heads",
+        "three_bits_in_nibbles": "BitStream",
+        "high_code_first": "BitStream",
+        "divide_by_2_to_bits": "ScaleDivisor",
+        "ties_away": "TieToEven",
+        "exact_scale": "ScaleRoundedFirst",
+        "min_to_nearest": "MinRoundedDown",
+        "no_clip": "Clip",
+        "zero_scale_nan": "ConstantGroup",
+        "smallest_scale": "ScaleUnderflow",
+        "float16_range": "Range",
+        "float16_window": "Nbytes",
+        "noise": "Random",
+        "no_range_check": "Float16Overflow",
+        "no_finite_check": "NonFinite",
+        "no_group_check": "GroupNotDividing",
+        "no_params_check": "BadParams",
+    },
+    "attention.attend": {
+        "tiled_heads": "GqaOrder",
+        "top_left": "CausalOffset",
+        "no_self": "CausalSelf",
+        "window_too_wide": "WindowSelf",
+        "window_without_self": "WindowSelf",
+        "places_not_positions": "PositionsNotOrder",
+        "head_0_positions": "HeadPositions",
+        "no_softcap": "Softcap",
+        "cap_before_scale": "Softcap",
+        "finite_mask": "FullyMasked",
+        "nan_where_masked": "FullyMasked",
+        "no_maximum": "ScoreRange",
+        "maximum_of_all": "MaskedMaximum",
+        "one_key_is_zero": "OneKey",
+        "root_of_d": "Scale",
+        "value_dim_is_dim": "ValueDim",
+        "lse_in_base_2": "Lse",
+        "not_divided": "Normalise",
+        "no_rescale": "TileRescale",
+        "half_weights": "Precision",
+        "modulo_heads": "HeadCount",
+        "noise": "Random",
+    },
+    "runtime.accept": {
+        "accept_p": "AcceptRatio",
+        "accept_if_above": "AcceptRatio",
+        "residual_is_p": "Residual",
+        "absolute_residual": "Residual",
+        "not_normalised": "ResidualNormalised",
+        "no_bonus": "BonusToken",
+        "goes_on": "StopAtRejection",
+        "first_row": "PositionRow",
+        "one_uniform": "UniformOrder",
+        "accept_equal": "ZeroProbability",
+        "rejects_equal": "EqualDistributions",
+        "empty_is_0": "EmptyResidual",
+        "one_hot_accepts": "OneHot",
+        "greedy_takes_draft": "Greedy",
+        "disjoint_from_q": "Disjoint",
+        "needs_a_draft": "NothingDrafted",
+        "draws_left": "DrawBoundary",
+        "law_of_q": "ExactDistribution",
+    },
+}
+
+
+def mutant(bug):
+    """An implementation `f(op, params, inputs)` of all these ops with one mistake, or none."""
+
+    def implementation(op, params, inputs):
+        with np.errstate(all="ignore"):
+            return _OPS[op](bug, op, params, **inputs)
+
+    return implementation
+
+
+def require(condition, bug, check):
+    if not condition and bug != check:
+        raise ValueError(check)
+
+
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+
+def prune(bug, op, params, w, x=None):
+    pattern, sparsity = params["pattern"], params.get("sparsity")
+    if bug == "flattens":
+        w = w.reshape(1, -1) if w.ndim != 2 else w
+        x = x if x is None or x.shape[1] == w.shape[1] else np.resize(x, (len(x), w.shape[1]))
+    require(w.ndim == 2 and (x is None or x.shape[1:] == w.shape[1:]), bug, "flattens")
+    require(np.isfinite(w).all() and (x is None or np.isfinite(x).all()), bug, "no_finite_check")
+    kind = pattern.split(":") if ":" in pattern else None
+    fine = (sparsity is None if kind else pattern == "unstructured" and 0 <= (sparsity or 0) <= 1)
+    require(fine and (not kind or int(kind[0]) < int(kind[1])), bug, "no_params_check")
+    if not fine:
+        kind, sparsity = None, min(max(sparsity or 0.5, 0), 1)
+    scores = prune_scores(bug, w, x)
+    if kind:
+        mask = n_of_m(bug, scores, *map(int, kind))
+    else:
+        per_row = params.get("per_row", False) or x is not None
+        per_row ^= bug in ("other_scope", "over_the_matrix")
+        mask = unstructured(bug, scores, 0.5 if sparsity is None else sparsity, per_row)
+    if bug == "zeros_dropped":
+        mask &= (w != 0).astype(np.uint8)
+    if bug == "last_pair_swapped" and w.size > 20:
+        mask[-1] = mask[-1][::-1]
+    return prune_store(bug, w, mask, pattern, params["dtype"])
+
+
+def prune_scores(bug, w, x):
+    w = w.astype(np.float16) if bug == "rounded_score" else w
+    size = w if bug == "signed_score" else np.abs(w)
+    if x is None:
+        return size.astype(np.float64)
+    wide = x.astype(np.float32 if bug == "float32_sum" else np.float64)
+    norm = np.sqrt((wide * wide).sum(axis=0)).astype(np.float64)
+    if bug == "mean_abs":
+        norm = np.abs(wide).mean(axis=0)
+    if bug == "largest_input":
+        norm = np.abs(wide).max(axis=0)
+    if bug == "deviation":
+        norm = wide.std(axis=0)
+    if bug == "dead_input_one":
+        norm = np.where(norm == 0, 1, norm)
+    if bug in ("norm_of_rows", "norm_on_rows") and x.shape[0] == x.shape[1]:
+        norm = np.sqrt((wide * wide).sum(axis=1)) if bug == "norm_of_rows" else norm[:, None]
+    return size.astype(np.float64) * norm
+
+
+def lowest(bug, scores, count):
+    """Mask of one row."""
+    if bug == "threshold":
+        return (scores > np.sort(scores)[min(count, scores.size - 1)]).astype(np.uint8)
+    order = np.argsort(scores, kind="stable")
+    if bug == "highest_index_first":
+        order = scores.size - 1 - np.argsort(scores[::-1], kind="stable")
+    if bug == "unstable_ties":
+        order = np.lexsort((np.arange(scores.size) * 7 % 5, scores))
+    mask = np.ones(scores.size, np.uint8)
+    mask[order[: scores.size - 1 if bug == "keeps_one" and count == scores.size else count]] = 0
+    return mask
+
+
+def unstructured(bug, scores, sparsity, per_row):
+    from fractions import Fraction
+
+    rows = scores if per_row else scores.reshape(1, -1)
+    n = rows.shape[1]
+    counts = {"round_count": round(sparsity * n), "exact_count": int(Fraction(sparsity) * n)}
+    return np.array([lowest(bug, row, counts.get(bug, int(sparsity * n))) for row in rows]).reshape(scores.shape)
+
+
+def n_of_m(bug, scores, n, m):
+    if bug == "groups_along_out" and scores.shape[0] % m == 0:
+        return n_of_m(None, scores.T, n, m).T.copy()
+    tail = scores.shape[1] % m
+    require(not tail, bug, "tail_kept")
+    whole = scores.shape[1] - tail
+    gone = n if bug == "removed_not_kept" else m - n
+    rows = [[lowest(bug, g, gone) for g in row[:whole].reshape(-1, m)] for row in scores]
+    mask = np.array(rows, np.uint8).reshape(len(scores), whole)
+    return np.pad(mask, ((0, 0), (0, tail)), constant_values=1)
+
+
+def prune_store(bug, w, mask, pattern, dtype):
+    dtype = "float16" if bug == "float16_always" else dtype
+    keep = mask.astype(bool)
+    kept = w[keep].astype(dtype)
+    if bug == "truncated_values" and dtype == "float16":
+        kept = np.where(np.abs(kept.astype(np.float64)) > np.abs(w[keep]), np.nextafter(kept, np.float16(0)), kept)
+    if bug == "saturates":
+        kept = np.clip(kept, -65504, 65504).astype(dtype)
+    require(np.isfinite(kept).all(), bug, "no_finite_check")
+    out = {"mask": mask, "values": kept}
+    if pattern == "2:4" and w.shape[1] % 4 == 0:
+        chosen = np.argsort(1 - mask.reshape(len(w), -1, 4), axis=-1, kind="stable")[..., :2]
+        if bug in ("threshold", "zeros_dropped") or (keep.sum() != w.size // 2):
+            kept = np.resize(kept, w.size // 2)
+        if bug == "zero_indices":
+            value = np.take_along_axis(w.reshape(len(w), -1, 4), chosen, axis=-1)
+            chosen = np.where(value == 0, 0, chosen)
+        first, second = chosen[..., 0], chosen[..., 1]
+        nibbles = second | first << 2 if bug == "second_index_low" else first | second << 2
+        nibbles = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)), constant_values=bug == "nibbles_run_on")
+        low, high = nibbles[:, ::2], nibbles[:, 1::2]
+        indices = high | low << 4 if bug == "high_nibble_first" else low | high << 4
+        return out | {"values": kept.reshape(len(w), -1), "indices": indices.astype(np.uint8)}
+    bits = np.packbits(mask, axis=1, bitorder="big" if bug == "high_bit_first" else "little")
+    if bug == "flat_bits":
+        flat = np.packbits(mask, bitorder="little")
+        bits = np.resize(np.pad(flat, (0, bits.size - flat.size)), bits.shape)
+    counts = mask.sum(axis=1)
+    offsets = np.cumsum(counts) - (0 if bug == "ends_not_offsets" else counts)
+    return out | {"bitmask": bits, "row_offsets": offsets.astype(np.uint32)}
+
+
+# --- low rank --------------------------------------------------------------------------------------------------------
+
+
+def svd(bug, op, params, w):
+    if bug == "flattens":
+        w = np.atleast_2d(w)
+    require(w.ndim == 2, bug, "flattens")
+    if bug == "nan_to_zero":
+        w = np.nan_to_num(w, posinf=0, neginf=0)
+    require(np.isfinite(w).all(), bug, "nan_to_zero")
+    rank, ratio = params.get("rank"), params.get("ratio")
+    limit = w.size / sum(w.shape)
+    fine = not (rank is not None and ratio is not None) and (ratio is None or ratio <= 1)
+    if rank is None or not fine:
+        fraction = 0.5 if ratio is None else ratio
+        rank = round(fraction * limit) if bug == "rank_rounds" else int(fraction * limit)
+        rank = int(fraction * min(w.shape)) if bug == "rank_of_smaller_side" else rank
+    require(fine and 1 <= rank <= min(w.shape), bug, "no_params_check")
+    rank = min(max(rank, 1), min(w.shape))
+    if bug == "capped_at_break_even":
+        rank = max(1, min(rank, int(limit)))
+    dtype = "float16" if bug == "float16_always" else params["dtype"]
+    U, S, Vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    if bug == "distinct_values_only":
+        distinct = np.abs(np.diff(S, prepend=S[0] + 1)) > 1e-6
+        U, S, Vt = U[:, distinct], S[distinct], Vt[distinct]
+        rank = min(rank, len(S))
+    if bug == "full_matrices" and w.shape[1] > w.shape[0]:  # columns of V for rows of V^T
+        Vt = np.linalg.svd(w.astype(np.float64))[2].T[: len(S)]
+    if bug == "v_for_vt" and Vt.shape[0] == Vt.shape[1]:
+        Vt = Vt.T
+    if bug == "smallest_kept":
+        U, S, Vt = U[:, ::-1], S[::-1], Vt[::-1]
+    root = np.sqrt(S[:rank])
+    A, B = U[:, :rank] * root, root[:, None] * Vt[:rank]
+    if bug == "divides_by_s":
+        A = w @ (Vt[:rank].T / np.where(S[:rank] < 1e-12, 0, root))
+    if bug == "s_in_a":
+        A, B = U[:, :rank] * S[:rank], Vt[:rank]
+    if bug != "sign_of_lapack":
+        sign = np.where(np.take_along_axis(B, np.abs(B).argmax(axis=1)[:, None], 1) < 0, -1, 1)
+        A, B = (A if bug == "sign_in_b_only" else A * sign.T), B * sign
+    else:
+        A[:, 0], B[0] = -A[:, 0], -B[0]
+    if bug == "noise" and w.shape == (6, 5):
+        A = A * 1.01
+    if bug == "saturates":
+        A, B = np.clip(A, -65504, 65504), np.clip(B, -65504, 65504)
+    a, b = A.astype(dtype), B.astype(dtype)
+    require((np.isfinite(a).all() and np.isfinite(b).all()) or bug == "divides_by_s", bug, "saturates")
+    w_hat = a.astype(np.float32) @ b.astype(np.float32)
+    error = np.sum((w.astype(np.float64) - w_hat) ** 2)
+    error = np.sqrt(error) if bug == "unsquared_error" else error
+    return {"a": a, "b": b, "w_hat": w_hat, "error": np.array(error), "rank": np.array(rank)}
+
+
+# --- key-value cache -------------------------------------------------------------------------------------------------
+
+
+def kivi(bug, op, params, k, v):
+    bits, G, R = params["bits"], params["group_size"], params["residual"]
+    require(1 <= bits <= 8 and R >= 1, bug, "no_params_check")
+    bits, R = min(max(bits, 1), 8), max(R, G)
+    divides = k.shape[2] % G == 0 and v.shape[2] % G == 0 and R % G == 0
+    require(divides, bug, "no_group_check")
+    if not divides:
+        R, k, v = R - R % G, k[..., : k.shape[2] // G * G], v[..., : v.shape[2] // G * G]
+    finite = np.isfinite(k).all() and np.isfinite(v).all()
+    require(finite, bug, "no_finite_check")
+    limit = 65504 * min(1, (2**bits - 1) / 2)
+    require(not finite or max(np.abs(k).max(), np.abs(v).max()) <= limit, bug, "no_range_check")
+    if bug == "first_head":
+        k, v = (np.repeat(x[:1], len(x), axis=0) for x in (k, v))
+    S, last = k.shape[1], params["chunks"][-1]
+    before = S if bug == "quantise_first" else S - last
+    stored, _, full = kivi_state(bug, k, v, bits, G, R, S, params["chunks"])
+    _, (k_hat, v_hat), _ = kivi_state(bug, k, v, bits, G, R, before, params["chunks"][:-1])
+    wide = 2 if bug == "float16_window" else 4
+    nbytes = sum(x.nbytes for x in stored.values()) + wide * len(k) * (full[0] * k.shape[2] + full[1] * v.shape[2])
+    return stored | {"k_hat": k_hat, "v_hat": v_hat, "full": np.array(full), "nbytes": np.array(nbytes)}
+
+
+def kivi_state(bug, k, v, bits, G, R, tokens, chunks):
+    k_hat, v_hat = k.copy(), v.copy()
+    due = tokens // R * R
+    if bug == "late_block":
+        due = max(tokens - 1, 0) // R * R
+    if bug == "keys_token_by_token":
+        due = max(tokens - R, 0) // G * G
+    if bug == "blocks_from_the_call":  # every call is cut into blocks of its own
+        due = sum(c // R * R for c in chunks)
+    stored = {}
+    n_v = max(0, tokens - R + (bug == "short_window"))
+    if due:
+        block = R if due % R == 0 else G
+        x = k[:, :due].reshape(len(k), -1, block, k.shape[2]).swapaxes(2, 3)
+        if bug == "keys_per_token" and block == k.shape[2]:
+            x = x.swapaxes(2, 3)
+        back, parts = kivi_quantise(bug, x, bits, min(G, block))
+        if bug == "keys_per_token" and block == k.shape[2]:
+            back = back.swapaxes(2, 3)
+        k_hat[:, :due] = back.swapaxes(2, 3).reshape(len(k), due, -1)
+        stored |= {f"k_{n}": x for n, x in parts.items()}
+    if n_v:
+        x = v[:, :n_v]
+        if bug == "values_per_channel":
+            width = np.ptp(v[:, :], axis=1, keepdims=True)
+            x = np.where(width > 0, x / np.where(width > 0, width, 1), x)
+        back, parts = kivi_quantise(bug, x, bits, G)
+        v_hat[:, :n_v] = back
+        stored |= {f"v_{n}": x for n, x in parts.items()}
+    return stored, (k_hat, v_hat), [tokens - due, tokens - n_v]
+
+
+def kivi_quantise(bug, x, bits, G):
+    shape = x.shape
+    size = shape[-1] if bug == "one_group" else G
+    g = x.reshape(*shape[:-1], -1, size)
+    lowest_of = g.min(axis=-1, keepdims=True)
+    low = lowest_of.astype(np.float16)
+    if bug != "min_to_nearest":
+        low = np.where(low > lowest_of, np.nextafter(low, np.float16(-np.inf)), low)
+    above = g - low.astype(np.float32)
+    levels = 2**bits - 1
+    span = above.max(axis=-1, keepdims=True)
+    span = span.astype(np.float16).astype(np.float32) if bug == "float16_range" else span
+    exact = span / np.float32(2**bits if bug == "divide_by_2_to_bits" else levels)
+    scale = exact.astype(np.float16)
+    if bug == "smallest_scale":
+        scale = np.where((scale == 0) & (exact > 0), np.float16(2**-24), scale)
+    step = (exact if bug == "exact_scale" else scale).astype(np.float32)
+    step = step if bug == "zero_scale_nan" else np.where(step > 0, step, np.float32(1))
+    steps = above / step
+    steps = steps if bug == "no_clip" else np.clip(steps, 0, levels)
+    codes = np.floor(steps + np.float32(0.5)) if bug == "ties_away" else np.rint(steps)
+    if bug == "noise" and x.size > 60:
+        codes[..., 0] = levels - codes[..., 0]
+    low, scale = (a[..., 0] for a in (low, scale))
+    wide = scale.astype(np.float32)[..., None]
+    if bug == "zero_scale_nan":
+        wide = np.where(wide == 0, np.nan, wide)
+    back = (codes.astype(np.float32) * wide + low.astype(np.float32)[..., None]).reshape(shape)
+    codes = np.nan_to_num(codes).astype(np.int64).reshape(shape) & levels
+    return back, {"codes": kivi_pack(bug, codes, bits), "scale": scale, "min": low}
+
+
+def kivi_pack(bug, codes, bits):
+    width = 4 if bits == 3 and bug == "three_bits_in_nibbles" else bits
+    order = np.arange(width)
+    if bug == "high_code_first":
+        codes = codes.reshape(*codes.shape[:-1], -1, 2)[..., ::-1].reshape(codes.shape)
+    stream = ((codes[..., None] >> order) & 1).astype(np.uint8).reshape(*codes.shape[:-1], -1)
+    return np.packbits(stream, axis=-1, bitorder="little")
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attend(bug, op, params, q, k, v, q_positions, k_positions):
+    H, T, D = q.shape
+    Hk, S, _ = k.shape
+    require(H % Hk == 0, bug, "modulo_heads")
+    scale, window, cap = params["scale"], params.get("window"), params.get("softcap")
+    scale = D**-0.5 if bug == "root_of_d" else scale
+    o, lse = np.zeros((H, T, v.shape[2])), np.zeros((H, T))
+    for h in range(H):
+        kv = h % Hk if bug in ("tiled_heads", "modulo_heads") else h // (H // Hk)
+        at = k_positions[0 if bug == "head_0_positions" else kv] if k_positions.ndim == 2 else k_positions
+        if bug == "places_not_positions":
+            at = np.arange(S) + at.min()
+        where = q_positions - q_positions[0] + at.min() if bug == "top_left" else q_positions
+        distance = where[:, None] - at
+        seen = distance > 0 if bug == "no_self" else distance >= 0
+        if window is not None:
+            seen &= distance < window + (bug == "window_too_wide") - (bug == "window_without_self")
+        scores = q[h].astype(np.float64) @ k[kv].T.astype(np.float64)
+        if cap is not None and bug == "cap_before_scale":
+            scores = scale * cap * np.tanh(scores / cap)
+        else:
+            scores = scale * scores
+            scores = scores if cap is None or bug == "no_softcap" else cap * np.tanh(scores / cap)
+        for t in range(T):
+            o[h, t], lse[h, t] = attend_row(bug, scores[t], seen[t], v[kv].astype(np.float64))
+    if bug == "value_dim_is_dim":
+        o = np.resize(o, (H, T, D))
+    if bug == "noise" and S > 8:
+        o = o * (1 + 1e-3)
+    return {"o": o.astype(np.float32), "lse": lse.astype(np.float32)}
+
+
+def attend_row(bug, scores, seen, v):
+    if not seen.any():
+        if bug == "finite_mask":
+            return v.mean(axis=0), -1e9
+        return np.full(v.shape[1], np.nan if bug == "nan_where_masked" else 0), -np.inf
+    s, x = scores[seen], v[seen]
+    top = {"no_maximum": 0, "maximum_of_all": np.float32(scores.max())}.get(bug, s.max())
+    w = np.exp(np.float32(s - top)).astype(np.float64)
+    if bug == "half_weights":
+        w = (w / w.sum()).astype(np.float16).astype(np.float64) * w.sum()
+    total = w.sum()
+    if bug == "no_rescale":
+        tops = np.maximum.accumulate(s)
+        w = np.exp(s - tops)
+        total = w.sum()
+    if bug == "one_key_is_zero" and len(s) == 1:
+        return np.zeros(v.shape[1]), 0.0
+    lse = top + np.log(total)
+    return w @ x / (1 if bug == "not_divided" else total), lse / np.log(2) if bug == "lse_in_base_2" else lse
+
+
+# --- speculative decoding --------------------------------------------------------------------------------------------
+
+
+def accept(bug, op, params, p, q, drafted=None, uniforms=None):
+    if drafted is None:
+        return acceptance_law(bug, p[0], q[0])
+    numbers = iter(np.repeat(uniforms[:1], 9) if bug == "one_uniform" else uniforms)
+    if bug == "needs_a_draft" and not len(drafted):
+        return {"accepted": np.array(0), "next_id": np.array(int(p[0].argmax()))}
+    kept, stopped = 0, None
+    for i, x in enumerate(drafted):
+        row = 0 if bug == "first_row" else i
+        a, b = p[row], q[row]
+        u = next(numbers)
+        ok = u * b[x] < a[x]
+        ok |= bug == "accept_equal" and u * b[x] == a[x]
+        ok = u < a[x] if bug == "accept_p" else ok
+        ok = a[x] >= b[x] if bug == "accept_if_above" else ok
+        ok &= not (bug == "rejects_equal" and a[x] == b[x])
+        ok |= bug == "one_hot_accepts" and b.max() == 1
+        ok |= bug == "greedy_takes_draft" and a.max() == 1
+        kept += ok
+        if not ok:
+            stopped = (a, b) if stopped is None else stopped
+            if bug != "goes_on":
+                break
+    if stopped is None:
+        row = p[len(drafted) - 1 if bug == "no_bonus" and len(drafted) else len(drafted)]
+        return {"accepted": np.array(kept), "next_id": np.array(pick(bug, row, next(numbers)))}
+    rest = residual(bug, *stopped)
+    if not rest.any():
+        rest = np.eye(1, len(rest))[0] if bug == "empty_is_0" else stopped[0]
+    return {"accepted": np.array(kept), "next_id": np.array(pick(bug, rest, next(numbers)))}
+
+
+def residual(bug, p, q):
+    if bug == "residual_is_p":
+        return p
+    if bug == "absolute_residual":
+        return np.abs(p - q)
+    if bug == "disjoint_from_q" and not (p * q).any():
+        return q
+    return np.maximum(p - q, 0)
+
+
+def pick(bug, weights, u):
+    total = 1 if bug == "not_normalised" else weights.sum()
+    found = np.searchsorted(np.cumsum(weights), u * total, side="left" if bug == "draws_left" else "right")
+    return min(int(found), len(weights) - 1)
+
+
+def acceptance_law(bug, p, q):
+    ratio = np.where(q > 0, np.minimum(1, p / np.where(q > 0, q, 1)), 0)
+    ratio = np.where(q > 0, p, 0) if bug == "accept_p" else ratio
+    rest = residual(bug, p, q)
+    rest = rest / rest.sum() if rest.any() and bug != "not_normalised" else rest
+    kept = q * ratio
+    distribution = q if bug == "law_of_q" else kept + (1 - kept.sum()) * rest
+    return {"acceptance": ratio, "residual": rest, "distribution": distribution}
+
+
+_OPS = {
+    "prune.magnitude": prune,
+    "prune.wanda": prune,
+    "lowrank.svd": svd,
+    "kvcache.kivi": kivi,
+    "attention.attend": attend,
+    "runtime.accept": accept,
+}
