@@ -127,6 +127,29 @@ def encode_file(model, path) -> list[int]:
     return tokenizer_of(model).encode(read_text(path))
 
 
+def encode_documents(model, path, max_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of every document of a file, up to `max_tokens` in all.
+
+    A document is a line of a .jsonl file (its "text"), or what stands between two blank lines of a text file.
+    """
+    from refllm.evaluate.perplexity import documents
+
+    text = read_text(path)
+    if str(path).endswith(".jsonl"):
+        try:
+            texts = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}: every line must be a JSON object with "text" ({error})') from None
+    else:
+        texts = documents(text)
+    tokenizer, left, encoded = tokenizer_of(model), max_tokens, []
+    for text in texts:
+        ids = tokenizer.encode(text)[:left]
+        left = None if left is None else left - len(ids)
+        encoded += [ids] if ids else []
+    return encoded
+
+
 def print_json(result: dict) -> None:
     """One object with schema_version, as strict JSON: what is not finite becomes null."""
     print(json.dumps({"schema_version": SCHEMA_VERSION, **_strict(result)}, ensure_ascii=True, allow_nan=False))

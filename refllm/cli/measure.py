@@ -11,12 +11,11 @@ from refllm.cli.common import (
     add_model,
     add_recipe,
     count,
+    encode_documents,
     encode_file,
     load_model,
     note,
     print_json,
-    read_text,
-    tokenizer_of,
 )
 
 
@@ -71,12 +70,19 @@ def compare(args) -> int:
 
         check_target(args.plot)
     model = load(args.model)
-    ids = encode_file(model, args.text or data_path("tiny/eval.txt"))
-    calibration = args.calibration or (None if args.text else data_path("tiny/calib.txt"))
+    if args.text:
+        text = encode_file(model, args.text)
+    else:
+        text = encode_documents(model, data_path("tiny/eval.txt"))
+    if args.calibration:
+        calibration = encode_file(model, args.calibration)
+    else:
+        bundled = [] if args.text else encode_documents(model, data_path("tiny/calib.txt"))
+        calibration = [i for document in bundled for i in document] or None
     setting = comparing.setting(
         model,
-        ids,
-        None if calibration is None else encode_file(model, calibration)[: comparing.CALIBRATION_TOKENS],
+        text,
+        None if calibration is None else calibration[: comparing.CALIBRATION_TOKENS],
         max_tokens=args.max_tokens or comparing.DEFAULT_TOKENS,
         window=args.window,
         activations=args.activations,
@@ -113,7 +119,7 @@ def perplexity(args) -> None:
     model = load_model(args)
     check_window(model, args.window)
     if args.protocol == "document":
-        ids = _documents(tokenizer_of(model), args)
+        ids = encode_documents(model, args.text, args.max_tokens)
     else:
         ids = encode_file(model, args.text)[: args.max_tokens]
     with Progress() as progress:
@@ -128,27 +134,6 @@ def perplexity(args) -> None:
             f"perplexity {result.perplexity:.4f}  nll {result.nll:.4f}  tokens scored {result.tokens_scored}  "
             f"protocol {result.protocol}  window {result.window}  stride {result.stride}"
         )
-
-
-def _documents(tokenizer, args) -> list[list[int]]:
-    """A document is a line of a .jsonl file (its "text"), or what stands between two blank lines of a text file."""
-    import json
-    import re
-
-    text = read_text(args.text)
-    if args.text.endswith(".jsonl"):
-        try:
-            texts = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{args.text}: every line must be a JSON object with "text" ({error})') from None
-    else:
-        texts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-    left, documents = args.max_tokens, []
-    for text in texts:
-        ids = tokenizer.encode(text)[:left]
-        left = None if left is None else left - len(ids)
-        documents += [ids] if ids else []
-    return documents
 
 
 def evaluate(args) -> None:

@@ -8,7 +8,8 @@ base model runs first and leaves its log-probabilities in a temporary file, whic
     memory    peak resident memory of a process that loads the model, reads a prompt and generates; the measurement of
               quality comes after and does not count. Python, NumPy and Numba are part of it.
     speed     medians of greedy generation, batch 1, a warm-up excluded
-    quality   perplexity by the protocol gptq, KL and top-1 agreement over the same positions
+    quality   perplexity, KL and top-1 agreement over the same positions: by the protocol document where the text is
+              given as documents (as the bundled stories are), else by the protocol gptq
 """
 
 import json
@@ -31,7 +32,6 @@ from refllm.methods.recipes import parse
 from refllm.model.model import Model
 from refllm.model.native import save_native
 
-PROTOCOL = "gptq"
 DEFAULT_WINDOW = 512
 DEFAULT_TOKENS = 4096
 CALIBRATION_TOKENS = 4096
@@ -63,7 +63,7 @@ class Setting:
     Parameters
     ----------
     ids : (N,) integers
-        The text; quality is measured on its whole windows.
+        The text; quality is measured on its whole windows, or on its documents.
     calibration : (M,) integers or None
         For recipes that need it; disjoint from `ids`.
     window : int
@@ -72,6 +72,8 @@ class Setting:
     activations : "float32" or "int8"
     threads : int or None
         Of NumPy and the kernels in the measuring processes; None leaves both to themselves.
+    starts : tuple of int
+        Where each document begins in `ids`; () for a plain stream of tokens.
     """
 
     ids: np.ndarray
@@ -82,11 +84,22 @@ class Setting:
     repeats: int = 3
     activations: str = "float32"
     threads: int | None = None
+    starts: tuple[int, ...] = ()
+
+    @property
+    def protocol(self) -> str:
+        """document or gptq, see refllm.evaluate.perplexity."""
+        return "document" if self.starts else "gptq"
+
+
+def as_text(ids: np.ndarray, starts: Sequence[int]) -> np.ndarray | list[np.ndarray]:
+    """What `plan` takes: the stream itself, or its documents."""
+    return np.split(ids, starts[1:]) if len(starts) else ids
 
 
 def setting(
     model: Model,
-    ids,
+    text,
     calibration=None,
     *,
     max_tokens: int = DEFAULT_TOKENS,
@@ -97,8 +110,9 @@ def setting(
 
     Parameters
     ----------
-    ids : (N,) integers
-        The first `max_tokens` are evaluated; without `calibration`, up to 4096 tokens that follow them calibrate.
+    text : (N,) integers, or a list of documents, each a list of integers
+        The first `max_tokens` (or as many whole documents, at least one) are evaluated; without `calibration`, up to
+        4096 tokens that follow them calibrate.
     calibration : (M,) integers, optional
     window : int, optional
         None takes 512, or the context or the text where that is shorter.
@@ -108,20 +122,36 @@ def setting(
     ValueError
         A text that is too short, a window that does not fit the model.
     """
-    ids = np.asarray(ids)
-    evaluated = ids[:max_tokens]
+    ids, starts, end = _cut(text, max_tokens)
+    evaluated = ids[:end]
     if len(evaluated) < 2:
         raise ValueError(f"the text has {len(evaluated)} tokens; at least 2 are needed")
     window = window or min(DEFAULT_WINDOW, model.config.context_length, len(evaluated))
-    plan(model, evaluated, PROTOCOL, window)  # complain before anything runs
+    plan(model, as_text(evaluated, starts), "document" if starts else "gptq", window)  # complain before anything runs
     if calibration is None:
-        calibration = ids[max_tokens : max_tokens + CALIBRATION_TOKENS]
+        calibration = ids[end : end + CALIBRATION_TOKENS]
     calibration = np.asarray(calibration)
     new_tokens = min(Setting.new_tokens, max(2, model.config.context_length // 4))
     prompt = max(1, min(256, len(evaluated), model.config.context_length - new_tokens))
     return Setting(
-        evaluated, calibration if len(calibration) else None, window, prompt, new_tokens=new_tokens, **fields
+        evaluated,
+        calibration if len(calibration) else None,
+        window,
+        prompt,
+        new_tokens=new_tokens,
+        starts=starts,
+        **fields,
     )
+
+
+def _cut(text, max_tokens: int) -> tuple[np.ndarray, tuple[int, ...], int]:
+    """All ids, where the evaluated documents begin (() for a stream), and where the evaluated part ends."""
+    if not len(text) or np.ndim(text[0]) == 0:
+        return np.asarray(text), (), max_tokens
+    ends = np.cumsum([len(document) for document in text])
+    count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+    starts = (0, *(int(end) for end in ends[: count - 1]))
+    return np.concatenate([np.asarray(document) for document in text]), starts, int(ends[count - 1])
 
 
 def compare(
@@ -180,7 +210,7 @@ def compare(
     return {
         "rows": [{k: v for k, v in row.items() if k not in extra} for row in rows],
         "failed": failed,
-        "protocol": PROTOCOL,
+        "protocol": setting.protocol,
         "window": setting.window,
         "tokens_scored": base_row["tokens_scored"],
         "prompt_tokens": setting.prompt_tokens,
@@ -211,7 +241,8 @@ def _measure(model: Model, recipe: str, setting: Setting, folder: Path, is_base:
         "ids": str(folder / "ids.npy"),
         "base": str(folder / "base"),
         "is_base": is_base,
-        "protocol": PROTOCOL,
+        "protocol": setting.protocol,
+        "starts": setting.starts,
         "window": setting.window,
         "prompt_tokens": setting.prompt_tokens,
         "new_tokens": setting.new_tokens,

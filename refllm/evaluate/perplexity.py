@@ -24,6 +24,7 @@ are therefore fed `chunk` tokens at a time through the cache. The sum is taken i
 Frantar et al. 2022, "GPTQ", arXiv:2210.17323 (its published code); huggingface.co/docs/transformers/perplexity.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -145,6 +146,17 @@ def evaluate_perplexity(
         value = float(np.exp(mean))
     stride = _stride(window, stride) if protocol == "strided" else window
     return Perplexity(value, mean, count, protocol, window, stride, len(windows))
+
+
+def documents(text: str) -> list[str]:
+    """The documents of a text: what stands between two blank lines.
+
+    Examples
+    --------
+    >>> documents("One story.\\nIts end.\\n\\nAnother.\\n")
+    ['One story.\\nIts end.', 'Another.']
+    """
+    return [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 def check_window(model: Model, window: int | None) -> int:

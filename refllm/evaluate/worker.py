@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refllm.evaluate.compare import as_text
 from refllm.evaluate.measure import divergence, kv_bytes_per_token, log_probabilities, measure_speed
 from refllm.evaluate.perplexity import plan, token_nll, window_logits
 from refllm.formats.process import peak_rss_bytes
@@ -26,8 +27,8 @@ def measure(job: dict) -> dict:
     Parameters
     ----------
     job : dict
-        As `refllm.evaluate.compare` writes it: folder, ids, base, is_base, protocol, window, prompt_tokens, new_tokens,
-        repeats, activations.
+        As `refllm.evaluate.compare` writes it: folder, ids, base, is_base, protocol, starts, window, prompt_tokens,
+        new_tokens, repeats, activations.
     """
     model = load(job["folder"])
     model = replace(model, runtime=replace(model.runtime, activations=job["activations"]))
@@ -43,7 +44,7 @@ def measure(job: dict) -> dict:
 
 
 def _quality(model: Model, ids: np.ndarray, job: dict) -> dict:
-    windows = plan(model, ids, job["protocol"], job["window"])
+    windows = plan(model, as_text(ids, job["starts"]), job["protocol"], job["window"])
     count = sum(len(window.targets) for window in windows)
     base, top = _base_files(Path(job["base"]), (count, model.config.vocab_size), job["is_base"])
     nll, kl, agree, at = 0.0, 0.0, 0, 0

@@ -133,3 +133,16 @@ def test_pictures_that_cannot_be_written(tmp_path):
         check_target(tmp_path / "x.pdf")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         check_target(tmp_path / "no" / "x.png")
+
+
+def test_documents_are_kept_whole_and_scored_one_by_one():
+    documents = [IDS[:100].tolist(), IDS[100:150].tolist(), IDS[150:190].tolist()]
+    cut = setting(MODEL, documents, max_tokens=160)
+    assert (cut.protocol, cut.starts, len(cut.ids)) == ("document", (0, 100), 150)
+    assert cut.calibration.tolist() == IDS[150:190].tolist()
+    assert [part.tolist() for part in comparing.as_text(cut.ids, cut.starts)] == documents[:2]
+    assert setting(MODEL, documents, max_tokens=5).starts == (0,)  # at least one
+    result = compare(MODEL, ["none"], setting(MODEL, documents, max_tokens=160, threads=1))
+    expected = evaluate_perplexity(MODEL, documents[:2], protocol="document", window=cut.window)
+    assert result["protocol"] == "document" and result["tokens_scored"] == expected.tokens_scored
+    assert result["rows"][0]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
