@@ -1,0 +1,135 @@
+"""A Llama that can be trained: the differentiable twin of `refllm.model.llama`, its loss and its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from refllm.kernels import fused
+from refllm.kernels.autograd import Tensor
+from refllm.kernels.rope import cos_sin, inverse_frequencies
+from refllm.model.config import ModelConfig
+from refllm.model.names import expected_shapes
+
+
+def hidden_states(params: Mapping[str, Tensor], config: ModelConfig, ids: np.ndarray) -> Tensor:
+    """Final normed hidden states, the differentiable twin of `refllm.model.llama.forward` before the head.
+
+    Parameters
+    ----------
+    params : mapping of Hugging Face names to Tensor
+    config : ModelConfig
+        A plain Llama: SiLU, no biases, no q/k norm, no window, no soft-capping.
+    ids : integers [B, T]
+
+    Returns
+    -------
+    Tensor [B * T, d]
+
+    Raises
+    ------
+    ValueError
+        If the architecture has a part this forward pass lacks.
+    """
+    _check_plain(config)
+    B, T = ids.shape
+    H, Hk, D = config.num_heads, config.num_kv_heads, config.head_dim
+    x = fused.embedding(params["model.embed_tokens.weight"], ids)
+    cos, sin = cos_sin(config.rope, D, np.arange(T), x.data.dtype)
+    scale = D**-0.5 if config.attention_scale is None else config.attention_scale
+    for layer in range(config.num_layers):
+        weight = lambda name, prefix=f"model.layers.{layer}.": params[f"{prefix}{name}.weight"]
+        h = fused.rmsnorm(x, weight("input_layernorm"), config.norm_eps)
+        q = fused.linear(h, weight("self_attn.q_proj")).reshape(B, T, H, D)
+        k = fused.linear(h, weight("self_attn.k_proj")).reshape(B, T, Hk, D)
+        v = fused.linear(h, weight("self_attn.v_proj")).reshape(B, T, Hk, D)
+        mixed = fused.causal_attention(fused.rotate(q, cos, sin), fused.rotate(k, cos, sin), v, scale)
+        x = x + fused.linear(mixed.reshape(B * T, H * D), weight("self_attn.o_proj"))
+        h = fused.rmsnorm(x, weight("post_attention_layernorm"), config.norm_eps)
+        gate, up = fused.linear(h, weight("mlp.gate_proj")), fused.linear(h, weight("mlp.up_proj"))
+        x = x + fused.linear(fused.swiglu(gate, up), weight("mlp.down_proj"))
+    return fused.rmsnorm(x, params["model.norm.weight"], config.norm_eps)
+
+
+def _check_plain(config: ModelConfig) -> None:
+    lacks = {
+        "activation": config.activation != "silu",
+        "biases": config.attention_bias or config.output_bias or config.mlp_bias,
+        "q/k norm": config.qk_norm,
+        "norm offset": config.norm_offset != 0,
+        "post norms": config.post_norms,
+        "embedding scale": config.embedding_scale != 1,
+        "soft-capping": config.attention_softcap is not None or config.logit_softcap is not None,
+        "sliding window": any(config.sliding_layers),
+    }
+    if wrong := [name for name, present in lacks.items() if present]:
+        raise ValueError(f"training knows plain Llama only; {config.architecture} here also has: {', '.join(wrong)}")
+
+
+def head_name(config: ModelConfig) -> str:
+    """Name of the output embedding: the input table when tied."""
+    return "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Loss: mean nats per scored next token.
+
+    Called with (params, (ids, targets)) or (params, (ids, targets, weights)), all [B, T]; target -1 = not scored.
+    """
+
+    config: ModelConfig
+
+    def __call__(self, params: Mapping[str, Tensor], batch: tuple[np.ndarray, ...]) -> Tensor:
+        ids, *scoring = batch
+        hidden = hidden_states(params, self.config, ids)
+        return fused.cross_entropy(hidden, params[head_name(self.config)], *scoring)
+
+
+def initial_weights(config: ModelConfig, seed: int, std: float = 0.05) -> dict[str, np.ndarray]:
+    """Random float32 weights to start training from.
+
+    Normal with `std`, o and down narrower by sqrt(2 L) (GPT-2's rule), norms 1, and two additions that save most of the
+    tokens a small model needs before it recalls anything:
+
+    * All token vectors share one random direction of +-std. Queries and keys have no biases, so a head that attends by
+      position alone needs something that is the same at every position. In a tied head it adds the same to all logits.
+    * The first layer's heads but the last start near fixed offsets 1, 2, 3, ...: queries and keys see the shared
+      direction with phases that make the rotary kernel peak there. In the spirit of Trockman and Kolter 2023, "Mimetic
+      initialization of self-attention layers", arXiv:2305.09828. Training is free to change them.
+    """
+    rng = np.random.default_rng(seed)
+    narrow = (2 * config.num_layers) ** -0.5
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = np.ones(shape, np.float32)
+        else:
+            factor = narrow if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            weights[name] = (factor * std * rng.standard_normal(shape)).astype(np.float32)
+    signs = np.where(rng.random(config.hidden_size) < 0.5, -1, 1).astype(np.float32)
+    weights["model.embed_tokens.weight"] += std * signs
+    _start_with_offsets(weights, config, signs)
+    return weights
+
+
+def _start_with_offsets(
+    weights: dict[str, np.ndarray], config: ModelConfig, signs: np.ndarray, peak: float = 6.0
+) -> None:
+    """Add to the first layer's q and k what turns the shared direction into kernels peaked at offsets 1, 2, 3, ...
+
+    With a query of phase -w o and a key of phase 0 in the pair of frequency w, their product at distance t is
+    cos(w (t - o)) times the lengths; the four fastest frequencies, `peak` each after the scaling by D^-0.5, suffice.
+    """
+    D, pairs = config.head_dim, min(4, config.head_dim // 2)
+    frequency = inverse_frequencies(config.rope, D)[:pairs]
+    # After the first norm the shared direction is half of each token's mean square: signs / sqrt(2).
+    row = (peak * D**0.5) ** 0.5 * 2**0.5 / config.hidden_size * signs
+    q, k = (weights[f"model.layers.0.self_attn.{name}_proj.weight"].reshape(-1, 2, D // 2, len(signs)) for name in "qk")
+    k[:, 0, :pairs] += row
+    for head in range(config.num_heads - 1):
+        phase = -frequency * (head + 1)
+        q[head, 0, :pairs] += np.cos(phase)[:, None] * row
+        q[head, 1, :pairs] += np.sin(phase)[:, None] * row

@@ -1,0 +1,84 @@
+"""The model that is trained is the model that runs: equal forward passes, and gradients of every tensor."""
+
+import numpy as np
+import pytest
+
+from refllm.kernels.autograd import Tensor, parameter
+from refllm.kernels.nn import cross_entropy
+from refllm.model.differentiable import NextToken, hidden_states, initial_weights
+from refllm.model.llama import forward
+from refllm.model.model import Model
+from refllm.model.probe import attention_weights
+from tests.models import random_config, random_model
+
+IDS = np.random.default_rng(5).integers(0, 64, (2, 21))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_forward_equals_inference_forward(tied):
+    model = random_model("llama", np.float64, tied_embeddings=tied)
+    params = {name: Tensor(weight) for name, weight in model.weights.items()}
+    hidden = hidden_states(params, model.config, IDS).data
+    head = model.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    logits = (hidden @ head.T).reshape(2, 21, -1)
+    want = forward(model, IDS)
+    assert np.abs(logits - want).max() <= 1e-12 * np.abs(want).max()
+    targets = np.roll(IDS, -1, axis=1)
+    loss = NextToken(model.config)(params, (IDS, targets)).data
+    assert float(loss) == pytest.approx(np.mean(cross_entropy(want, targets)), rel=1e-12)
+
+
+def test_gradient_of_the_whole_model():
+    """Central differences along random directions, one per tensor, so that every tensor's gradient is exercised."""
+    model = random_model("llama", np.float64, tied_embeddings=True, num_layers=1)
+    loss, batch = NextToken(model.config), (IDS, np.roll(IDS, -1, axis=1))
+    params = {name: parameter(weight) for name, weight in model.weights.items()}
+    loss(params, batch).backward()
+    rng = np.random.default_rng(3)
+    fixed = {name: Tensor(weight) for name, weight in model.weights.items()}
+    for name, weight in model.weights.items():
+        direction = rng.normal(size=weight.shape)
+
+        def moved(h, name=name, at=weight, direction=direction):
+            return float(loss(fixed | {name: Tensor(at + h * direction)}, batch).data)
+
+        slopes = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-4, 2e-4)]
+        # Truncation by the difference of the two steps; rounding: 1e-12 relative in a loss of about 5 nats.
+        bound = abs(slopes[1] - slopes[0]) + 5e-12 / 1e-4
+        assert abs(np.sum(params[name].grad * direction) - slopes[0]) <= bound, name
+
+
+@pytest.mark.parametrize("architecture, part", [("gemma3", "activation"), ("qwen2", "biases"), ("mistral", "window")])
+def test_other_architectures_are_refused_by_name(architecture, part):
+    model = random_model(architecture)
+    with pytest.raises(ValueError, match=part):
+        hidden_states({name: Tensor(w) for name, w in model.weights.items()}, model.config, IDS)
+
+
+def test_first_heads_start_at_offsets_and_the_rest_even():
+    config = random_config("llama", hidden_size=128, head_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=True)
+    weights = initial_weights(config, 3)
+    ids = np.random.default_rng(0).integers(0, 64, (2, 60))
+    first, second = (w[:, :, 20:] for w in attention_weights(Model(config, weights), ids))
+    rows = np.arange(20, 60)
+    for head in range(3):
+        assert first[:, head, np.arange(40), rows - head - 1].mean() > 0.7
+    assert first[:, 3].max() < 0.5 and second.max() < 0.2
+    assert all(w.dtype == np.float32 for w in weights.values())
+    again = initial_weights(config, 3)
+    assert all(np.array_equal(w, again[name]) for name, w in weights.items())
+
+
+def test_shared_direction_moves_no_probability_of_a_tied_head():
+    config = random_config("llama", hidden_size=128, head_dim=32, num_heads=4, num_kv_heads=2, tied_embeddings=True)
+    table = initial_weights(config, 3)["model.embed_tokens.weight"]
+    shared = table.mean(axis=0)
+    assert np.abs(np.abs(shared) / 0.05 - 1).max() < 0.6  # 64 rows: the mean's noise is 1/8
+    hidden = np.random.default_rng(1).normal(size=128)
+    logits = table.astype(float) @ hidden
+    moved = (table - shared).astype(float) @ hidden
+    assert np.allclose(
+        np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum(),
+        np.exp(moved - moved.max()) / np.exp(moved - moved.max()).sum(),
+        rtol=1e-4,
+    )
