@@ -110,7 +110,14 @@ class Recipe:
         if set(raw) != known:
             wrong = f"unknown {sorted(set(raw) - known)}, missing {sorted(known - set(raw))}"
             raise ValueError(f"{path}: a training recipe has exactly the keys {sorted(known)}; {wrong}")
-        return cls(raw)
+        recipe = cls(raw)
+        try:
+            recipe.config(1, 0, 0), recipe.schedule(), recipe.optimizer()
+            for stage in raw["stages"]:
+                replace(World(), **stage.get("world", {}))
+        except (TypeError, KeyError, ValueError) as error:  # an unknown or missing field, a value out of range
+            raise ValueError(f"{path}: {str(error).replace('.__init__()', '')}") from None
+        return recipe
 
     @property
     def steps(self) -> int:

@@ -143,6 +143,24 @@ def test_unknown_recipe_keys_are_named(tmp_path, recipe):
         Recipe.read(path)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optimizer": {"rate": 1e-3, "speed": 3}}, "speed"),
+        ({"schedule": {"warmup": 50, "decay_from": 10}}, "warmup"),
+        ({"model": {"hidden_size": 8, "rope_theta": 1e4}}, "num_layers"),
+        ({"model": {"hidden_size": 8}}, "rope_theta"),
+        ({"stages": [{"length": 8, "rows": 2, "steps": 3000, "emphasis": 1, "world": {"moons": 2}}]}, "moons"),
+    ],
+)
+def test_unknown_and_impossible_values_are_named(tmp_path, recipe, changes, message):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({**recipe.raw, **changes}))
+    with pytest.raises(ValueError, match=message) as caught:
+        Recipe.read(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_train_resume_and_load(tmp_path, recipe, tokenizer, monkeypatch):
     monkeypatch.setattr("refllm.model.tiny.build_tokenizer", lambda world: tokenizer)  # made of fewer stories: faster
     shape = {**recipe.raw["model"], "hidden_size": 16, "num_layers": 1, "head_dim": 4, "intermediate_size": 24}
