@@ -14,7 +14,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.from_gguf import GEMMA_FULL_EVERY, GEMMA_NORMS, GLOBAL_NAMES, LAYER_NAMES, MLP_NORMS
 from refllm.model.model import Model
 
-GGUF_TYPES = ("F32", "F16", "BF16", *(name for name, form in BLOCKS.items() if form.encode_blocks))
+GGUF_TYPES = ("F32", "F16", "BF16", *(name for name, form in BLOCKS.items() if form.encode_fields))
 # general.file_type
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
 

@@ -67,7 +67,7 @@ def packed_weight(kind: str, W: np.ndarray) -> IntWeight | GGUFBlocks:
     if kind in KINDS:
         scale, zero_point = KINDS[kind].fit(W)
         return IntWeight.pack(KINDS[kind], KINDS[kind].encode(W, scale, zero_point), scale, zero_point)
-    if not getattr(getattr(blocks, kind, None), "encode_blocks", None):
+    if not getattr(getattr(blocks, kind, None), "encode_fields", None):
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)} and the GGUF types that can be written")
     return GGUFBlocks(getattr(blocks, kind).encode(W), kind, W.shape[1])
 

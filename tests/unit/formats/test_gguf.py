@@ -190,7 +190,7 @@ def test_what_is_written_comes_back(tmp_path):
         "bf16": ("BF16", np.array([[0x3F80, 0xC000]], np.uint16)),
         "f64": ("F64", np.array([0.1])),
         **{name: (name, form.encode(rng.standard_normal((2, 64)).astype(np.float32)))
-           for name, form in BLOCKS.items() if form.encode_blocks},
+           for name, form in BLOCKS.items() if form.encode_fields},
     }  # fmt: skip
     path = tmp_path / "m.gguf"
     write_gguf(path, METADATA, tensors)

@@ -24,12 +24,12 @@ def unpacked(weight):
 
 def random_blocks(name, rows, count, seed):
     """Random bytes with finite scales."""
-    layout, rng = blocks.BLOCKS[name], np.random.default_rng(seed)
-    data = rng.integers(0, 256, (rows, count, layout.bytes_per_block), dtype=np.uint8)
-    for at in layout.scale_bytes:
-        scale = rng.standard_normal((rows, count)) * 10.0 ** rng.integers(-7, 4, (rows, count))
-        data[:, :, at : at + 2] = scale.astype("<f2")[..., None].view(np.uint8)
-    return GGUFBlocks(data.reshape(rows, -1), name, count * layout.block_size)
+    form, rng = blocks.BLOCKS[name], np.random.default_rng(seed)
+    fields = form.layout.unpack(rng.integers(0, 256, (rows, count, form.bytes_per_block), dtype=np.uint8))
+    for values in fields.values():
+        if values.dtype == np.float16:
+            values[:] = rng.standard_normal(values.shape) * 10.0 ** rng.integers(-7, 4, values.shape)
+    return GGUFBlocks(form.layout.pack(**fields).reshape(rows, -1), name, count * form.block_size)
 
 
 @pytest.mark.parametrize("name", blocks.BLOCKS)
