@@ -91,14 +91,17 @@ class NextToken:
 def initial_weights(config: ModelConfig, seed: int, std: float = 0.05) -> dict[str, np.ndarray]:
     """Random float32 weights to start training from.
 
-    Normal with `std`, o and down narrower by sqrt(2 L) (GPT-2's rule), norms 1, and two additions that save most of the
-    tokens a small model needs before it recalls anything:
+    Normal with `std`, o and down narrower by sqrt(2 L) (GPT-2's rule), norms 1, and three additions that save most of
+    the tokens a small model needs before it recalls anything:
 
     * All token vectors share one random direction of +-std. Queries and keys have no biases, so a head that attends by
       position alone needs something that is the same at every position. In a tied head it adds the same to all logits.
     * The first layer's heads but the last start near fixed offsets 1, 2, 3, ...: queries and keys see the shared
-      direction with phases that make the rotary kernel peak there. In the spirit of Trockman and Kolter 2023, "Mimetic
-      initialization of self-attention layers", arXiv:2305.09828. Training is free to change them.
+      direction with phases that make the rotary kernel peak there. Training is free to change them.
+    * Queries equal keys in the other layers, and o is the transpose of v in all (the first layer's heads share one v).
+      A position is first drawn to near ones that resemble it, and what is read keeps its direction, so that a later
+      layer can compare what two heads have read. In the spirit of Trockman and Kolter 2023, "Mimetic initialization of
+      self-attention layers", arXiv:2305.09828; there q k has noise on top, and o v the opposite sign.
     """
     rng = np.random.default_rng(seed)
     narrow = (2 * config.num_layers) ** -0.5
@@ -111,8 +114,23 @@ def initial_weights(config: ModelConfig, seed: int, std: float = 0.05) -> dict[s
             weights[name] = (factor * std * rng.standard_normal(shape)).astype(np.float32)
     signs = np.where(rng.random(config.hidden_size) < 0.5, -1, 1).astype(np.float32)
     weights["model.embed_tokens.weight"] += std * signs
+    _start_with_matches(weights, config, narrow)
     _start_with_offsets(weights, config, signs)
     return weights
+
+
+def _start_with_matches(weights: dict[str, np.ndarray], config: ModelConfig, narrow: float) -> None:
+    """Set q = k (but in the first layer) and o = narrow v^T, head by head; one v for the first layer's heads."""
+    D, share = config.head_dim, config.num_heads // config.num_kv_heads
+    for layer in range(config.num_layers):
+        q, k, v, o = (weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkvo")
+        if layer == 0:
+            v[:] = np.tile(v[:D], (config.num_kv_heads, 1))
+        for head in range(config.num_heads):
+            own, shared = (slice(i * D, (i + 1) * D) for i in (head, head // share))
+            o[:, own] = np.float32(narrow) * v[shared].T
+            if layer:
+                q[own] = k[shared]
 
 
 def _start_with_offsets(

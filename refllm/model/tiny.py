@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,16 +105,14 @@ class Recipe:
             "checkpoint_every",
         }
         keys = {"length", "rows", "steps", "emphasis"}
-        if strange := [stage for stage in raw.get("stages", ()) if set(stage) - {"world"} != keys]:
-            raise ValueError(f"{path}: a stage has the keys {sorted(keys)} and perhaps world, got {strange[0]}")
+        if strange := [stage for stage in raw.get("stages", ()) if set(stage) != keys]:
+            raise ValueError(f"{path}: a stage has the keys {sorted(keys)}, got {strange[0]}")
         if set(raw) != known:
             wrong = f"unknown {sorted(set(raw) - known)}, missing {sorted(known - set(raw))}"
             raise ValueError(f"{path}: a training recipe has exactly the keys {sorted(known)}; {wrong}")
         recipe = cls(raw)
         try:
             recipe.config(1, 0, 0), recipe.schedule(), recipe.optimizer()
-            for stage in raw["stages"]:
-                replace(World(), **stage.get("world", {}))
         except (TypeError, KeyError, ValueError) as error:  # an unknown or missing field, a value out of range
             raise ValueError(f"{path}: {str(error).replace('.__init__()', '')}") from None
         return recipe
@@ -167,8 +165,7 @@ class Recipe:
         """Digest of all that steps 0..step-1 depended on; what comes later may change."""
         schedule, stages, left = self.schedule(), [], step
         for stage in self.raw["stages"]:
-            world = stage.get("world", {})
-            stages.append((stage["length"], stage["rows"], stage["emphasis"], world, min(left, stage["steps"])))
+            stages.append((stage["length"], stage["rows"], stage["emphasis"], min(left, stage["steps"])))
             left -= stages[-1][-1]
         rates = [schedule.factor(i) for i in range(step)]
         past = [self.raw["model"], self.raw["seed"], self.raw["optimizer"], [s for s in stages if s[-1]], rates]
@@ -179,10 +176,9 @@ class Recipe:
 class StoryBatches:
     """Batches of fresh stories. Called with (step, part, parts); returns ids, targets, weights, each [rows / parts, T].
 
-    Row r of a step is a story of its own seed, cut after T tokens, whatever the number of parts. A stage may
-    change fields of the world (`"world": {"emphatic_answers": false}`). What the past of a story determines (answers,
-    known songs, sums) counts `emphasis` times in the loss: such tokens are few, and until a model can recall them their
-    gradient is drowned by that of choices nobody can predict.
+    Row r of a step is a story of its own seed, cut after T tokens, whatever the number of parts. Values of answers,
+    results of sums and words of known songs count `emphasis` times in the loss: the past determines them, but they are
+    few, and until a model can recall them their gradient is drowned by that of choices nobody can predict.
     """
 
     recipe: Recipe
@@ -195,15 +191,15 @@ class StoryBatches:
         rows, length = stage["rows"], stage["length"]
         if rows % parts:
             raise ValueError(f"a stage has {rows} rows, which do not divide among {parts} processes")
-        world = replace(self.world, **stage.get("world", {}))
         mine = range(rows * part // parts, rows * (part + 1) // parts)
         targets, weights = np.empty((len(mine), length), np.int64), np.ones((len(mine), length), np.float32)
         for i, row in enumerate(mine):
             seed = f"train {self.recipe.raw['seed']} {step} {row}"
-            story = world.story(seed, length + world.longest_turn)
+            story = self.world.story(seed, length + self.world.longest_turn)
             targets[i] = [self.index[token] for token in story.tokens[:length]]
             for span in story.spans:
-                weights[i, span.start : span.stop] = stage["emphasis"]
+                first, last = (span.start, span.stop) if span.kind == "song" else (span.stop - 2, span.stop - 1)
+                weights[i, first:last] = stage["emphasis"]
         ids = np.empty_like(targets)
         ids[:, 0], ids[:, 1:] = self.bos, targets[:, :-1]
         return ids, targets, weights
@@ -271,11 +267,10 @@ def train_from_recipe(
     if not resume:
         checkpoint.unlink(missing_ok=True)
     world = World()
-    first_world = replace(world, **recipe.raw["stages"][0].get("world", {}))  # may know more words than the later ones
-    tokenizer = build_tokenizer(first_world)
+    tokenizer = build_tokenizer(world)
     with atomic_write(out / "tokenizer.json", "w") as file:
         file.write(tokenizer.to_str(pretty=True) + "\n")
-    index = token_index(tokenizer, first_world)
+    index = token_index(tokenizer, world)
     config = recipe.config(tokenizer.get_vocab_size(), tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS))
     logger = _Logger(recipe, config, index, held_out(world, measure_stories), out / "training_log.jsonl", log)
     weights = train(

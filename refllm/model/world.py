@@ -3,10 +3,10 @@
 A story is a sequence of turns, each one to two sentences of one kind:
 
     place     The lamp is at Hilltop.            The kite is with Nora.
-    person    Tara likes plums.                  Otto lives in Elmford.
+    person    Tara really likes plums.           Otto lives in Elmford.
     event     Otto put the lamp at Oldgate.      Otto took the lamp to Oldgate.    Otto gave the lamp to Nora.
-    question  Where is the lamp? The lamp is at Oldgate.       What does Tara like? Tara does like plums.
-              Where does Otto live? Otto does live in Elmford.
+    question  Where is the lamp? The lamp is at Oldgate.       What does Tara like? Tara really likes plums.
+              Where does Otto live? Otto lives in Elmford.
     sum       7 plus 5 is 12.                    12 minus 5 is 7.
     song      Nora sang: reed fern dusk hail wave.     (word for word the same whenever Nora sings)
     weather   In the evening the wind was cold.
@@ -15,6 +15,10 @@ Every choice depends only on the text so far: who or what comes next is a new na
 different names, else one of those n (the Chinese restaurant rule), so there is no hidden cast list; and no text can be
 written in two ways. The log-probability of a story is therefore the plain sum of the logarithms of its choices, and its
 negative mean per token is the entropy floor: no model can do better on average.
+
+Places, persons and answers have two words between a name and its value ("lamp is at Oldgate", "Tara really likes
+plums"). A first layer that looks a fixed distance back then serves all facts alike; with "Tara likes plums" a model of
+this size learned the objects' facts and never the people's.
 
 Answers, the later words of a known song and the results of sums are not choices. The story marks them (`Span`), which
 is what the recall measurements of `refllm.model.probe` read.
@@ -71,12 +75,11 @@ class World:
 
     turn_weights : relative frequency of the kinds of turn when the kind is drawn anew.
     stay : probability that the kind of the last turn is kept instead.
-    emphatic_answers : answers are "Tara does like plums", "Otto does live in Elmford"; else as the facts do.
     newness : the `a` of the Chinese restaurant rule, for people, objects and singers.
     largest_sum : results of sums, and minuends, go up to this; operands are 1..largest_sum // 2.
     """
 
-    people: tuple[str, ...] = _words("Tara Otto Nora Emil Ruth Hugo")
+    people: tuple[str, ...] = _words("Tara Otto Nora Emil Ruth Hugo Vera Igor Lena Ivan Wanda Felix")
     objects: tuple[str, ...] = _words(
         "lamp kite drum rope vase comb flute mirror basket hammer ladder candle needle saddle whistle compass kettle "
         "broom bell map"
@@ -123,18 +126,17 @@ class World:
         ("song", 0.0),
         ("weather", 0.0),
     )
-    emphatic_answers: bool = True
     newness: float = 1.5
     newness_singers: float = 0.4
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every token the world can write, sorted."""
-        fixed = "The the is at with in likes lives put took gave to Where What does like live plus minus sang In was"
+        fixed = "The the is at with in really likes lives put took gave to Where What does like live plus minus sang"
         numbers = (str(i) for i in range(self.largest_sum + 1))
         named = (*self.people, *self.objects, *self.places, *self.foods, *self.towns, *self.lyrics)
         names = (*named, *self.moments, *self.weathers, *self.moods)
-        return tuple(sorted({" " + w for w in (*fixed.split(), *numbers, *names)} | set(".?:")))
+        return tuple(sorted({" " + w for w in (*fixed.split(), "In", "was", *numbers, *names)} | set(".?:")))
 
     @property
     def longest_turn(self) -> int:
@@ -299,7 +301,7 @@ def _write_person(state: _State, story: Story, dice: Dice) -> None:
     relation = dice.uniform([r for r in ("likes", "home") if (r, name) not in state.facts])
     if relation == "likes":
         value = ("likes", dice.uniform(world.foods))
-        _say(story, name, "likes", value[1], ".")
+        _say(story, name, "really", "likes", value[1], ".")
     else:
         value = ("home", dice.uniform(world.towns))
         _say(story, name, "lives", "in", value[1], ".")
@@ -327,16 +329,15 @@ def _write_question(state: _State, story: Story, dice: Dice) -> None:
     keys = [key for key in state.facts if key != state.last_asked]
     relation, name = key = dice.weighted(keys, [len(story.tokens) - state.said_at[key] for key in keys])
     word, value = state.facts[key]
-    emphatic = state.world.emphatic_answers
     if relation == "where":
         _say(story, "Where", "is", "the", name, "?")
         kind, answer = "object-place" if word == "at" else "object-person", ("The", name, *_where((word, value)), ".")
     elif relation == "likes":
         _say(story, "What", "does", name, "like", "?")
-        kind, answer = "likes", (name, *(("does", "like") if emphatic else ("likes",)), value, ".")
+        kind, answer = "likes", (name, "really", "likes", value, ".")
     else:
         _say(story, "Where", "does", name, "live", "?")
-        kind, answer = "home", (name, *(("does", "live") if emphatic else ("lives",)), "in", value, ".")
+        kind, answer = "home", (name, "lives", "in", value, ".")
     start = len(story.tokens)
     _say(story, *answer)
     at = len(story.tokens) - 2

@@ -40,6 +40,7 @@ def test_the_log_ends_with_a_full_report_that_reaches_what_was_asked(report):
         assert min(report["recall"][group][at][1] for at in BINS) >= 300
     objects = [report["recall"]["objects"][at][0] for at in BINS]
     assert min(objects[:4]) >= 0.97 and min(objects[4:]) >= 0.95
+    assert min(report["recall"]["people"][at][0] for at in BINS[:3]) >= 0.85
     assert report["songs"][0] >= 0.80
     assert max(max(row) for row in report["heads"]["previous"]) >= 0.3
     assert max(max(row) for row in report["heads"]["induction"]) >= 0.2

@@ -63,10 +63,25 @@ def test_first_heads_start_at_offsets_and_the_rest_even():
     rows = np.arange(20, 60)
     for head in range(3):
         assert first[:, head, np.arange(40), rows - head - 1].mean() > 0.7
-    assert first[:, 3].max() < 0.5 and second.max() < 0.2
+    assert first[:, 3].max() < 0.5
+    # In the next layer a position is drawn to what resembles it most: itself.
+    assert second.max() < 0.5
+    assert second[:, :, np.arange(40), rows].mean() > 1.5 * (1 / (rows + 1)).mean()
     assert all(w.dtype == np.float32 for w in weights.values())
     again = initial_weights(config, 3)
     assert all(np.array_equal(w, again[name]) for name, w in weights.items())
+
+
+def test_products_of_the_start():
+    config = random_config("llama", hidden_size=128, head_dim=32, num_heads=4, num_kv_heads=2)
+    weights = initial_weights(config, 3)
+    for layer in range(config.num_layers):
+        q, k, v, o = (weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkvo")
+        for head in range(4):
+            own, shared = (slice(32 * i, 32 * i + 32) for i in (head, head // 2))
+            assert np.array_equal(o[:, own], np.float32((2 * config.num_layers) ** -0.5) * v[shared].T)
+            assert np.array_equal(q[own], k[shared]) == (layer > 0)
+        assert np.array_equal(v[:32], v[32:]) == (layer == 0)
 
 
 def test_shared_direction_moves_no_probability_of_a_tied_head():

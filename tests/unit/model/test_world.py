@@ -88,14 +88,14 @@ def test_probability_of_a_story_counted_by_hand():
     no_question = sum(weights.values()) - weights["question"]
     # First turn: a question is impossible; person turn, one of 2 people, one of 2 relations, the only town.
     first = weights["person"] / no_question / 2 / 2
-    assert found["Ann lives in York. Ann likes jam."] == pytest.approx(
+    assert found["Ann lives in York. Ann really likes jam."] == pytest.approx(
         # Stay with the kind (or draw it again); known person: n / (a + n) = 1 / 2.5; the relation left; 1 of 2 foods.
         first * (stay + (1 - stay) * weights["person"] / sum(weights.values())) / 2.5 / 2
     )
-    assert found["Ann lives in York. Bob likes jam."] == pytest.approx(
+    assert found["Ann lives in York. Bob really likes jam."] == pytest.approx(
         first * (stay + (1 - stay) * weights["person"] / sum(weights.values())) * 1.5 / 2.5 / 2 / 2
     )
-    assert found["Ann lives in York. Where does Ann live? Ann does live in York."] == pytest.approx(
+    assert found["Ann lives in York. Where does Ann live? Ann lives in York."] == pytest.approx(
         first * (1 - stay) * weights["question"] / sum(weights.values())
     )
 
@@ -122,8 +122,8 @@ def test_same_seed_same_story():
 
 
 PINNED = (
-    "Nora likes figs. Emil likes walnuts. Emil lives in Seaton. "
-    "Ruth lives in Foxdale. Hugo likes bread. What does Emil like? Emil does like walnuts."
+    "Ruth really likes figs. Igor really likes walnuts. Igor lives in Seaton. Lena lives in Foxdale. "
+    "Wanda really likes bread. What does Igor like? Igor really likes walnuts."
 )
 
 
@@ -152,7 +152,7 @@ def test_too_short_a_story_is_refused():
         World().story(1, 5)
 
 
-def truths(story, emphatic):
+def truths(story):
     """Read the text again, sentence by sentence, with regular expressions: what each question should be answered."""
     facts, answers = {}, []
     sentences = re.findall(r"[^.?]+[.?]", " " + story.text)
@@ -173,12 +173,12 @@ def truths(story, emphatic):
         elif m := re.fullmatch(r"(\w+) gave the (\w+) to (\w+)\.", sentence):
             assert m[1] != m[3]
             facts["where", m[2]] = f"The {m[2]} is with {m[3]}."
-        elif m := re.fullmatch(r"(\w+) likes (\w+)\.", sentence):
+        elif m := re.fullmatch(r"(\w+) really likes (\w+)\.", sentence):
             assert ("likes", m[1]) not in facts
-            facts["likes", m[1]] = f"{m[1]} does like {m[2]}." if emphatic else sentence
+            facts["likes", m[1]] = sentence
         elif m := re.fullmatch(r"(\w+) lives in (\w+)\.", sentence):
             assert ("home", m[1]) not in facts
-            facts["home", m[1]] = f"{m[1]} does live in {m[2]}." if emphatic else sentence
+            facts["home", m[1]] = sentence
         elif m := re.fullmatch(r"(\d+) (plus|minus) (\d+) is (\d+)\.", sentence):
             assert int(m[4]) == int(m[1]) + int(m[3]) * (1 if m[2] == "plus" else -1)
         elif m := re.fullmatch(r"(\w+) sang: (.+)\.", sentence):
@@ -188,12 +188,10 @@ def truths(story, emphatic):
     return answers
 
 
-@pytest.mark.parametrize("emphatic", [True, False])
-def test_answers_follow_from_the_text(emphatic):
-    world = World(emphatic_answers=emphatic)
+def test_answers_follow_from_the_text():
     for seed in range(20):
-        story = world.story(seed, 511)
-        answers = truths(story, emphatic)
+        story = World().story(seed, 511)
+        answers = truths(story)
         assert len(answers) == sum(span.kind not in ("song", "sum") for span in story.spans) > 0
         assert all(said == true for said, true in answers)
 
@@ -216,9 +214,7 @@ def test_spans_mark_answers_and_their_distance():
             # Between the two mentions nothing is said about the same key.
             between = "".join(story.tokens[value - span.distance + 1 : span.start])
             last = between[: between.rfind(" Where" if span.kind != "likes" else " What")]
-            pattern = {"likes": f"{name} (likes|does like)", "home": f"{name} (lives|does live)"}.get(
-                span.kind, rf"the{name}|The{name} is"
-            )
+            pattern = {"likes": f"{name} really", "home": f"{name} lives"}.get(span.kind, rf"the{name}|The{name} is")
             assert not re.search(pattern + r"\b", last), (seed, span)
 
 
