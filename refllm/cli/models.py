@@ -19,16 +19,22 @@ def add_commands(commands) -> None:
     """Add the commands of this module."""
     parser = add_command(commands, "compress", compress, "store a model packed; every command takes it as MODEL")
     add_model(parser)
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("out", metavar="OUT", help="folder to write; for gguf a file")
     parser.add_argument("--recipe", required=True, metavar="R")
     add_calibration(parser)
-    parser.add_argument("--format", choices=("native",), default="native", help="layout of the files")
+    formats = ("native", "gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
+    parser.add_argument("--format", choices=formats, default="native", help="layout of the files (default native)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
     parser = add_command(commands, "convert", convert, "between Hugging Face folders and GGUF, both ways")
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT", help="a name that ends in .gguf, or a folder")
-    parser.add_argument("--type", default="F32", metavar="T", help="F32, F16, BF16; GGUF also Q8_0, Q4_0, ...")
+    parser.add_argument(
+        "--type",
+        default="F32",
+        metavar="T",
+        help="F32, F16, BF16; GGUF also Q8_0, Q4_K, ...; a folder also NF4, FP8, ...",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
     parser = add_command(commands, "inspect", inspect, "show what a model file or folder holds")
@@ -50,7 +56,7 @@ def compress(args) -> None:
     from refllm.formats.progress import Progress
     from refllm.methods.apply import compress, load
     from refllm.methods.recipes import parse
-    from refllm.model.native import save_native
+    from refllm.model.convert import save
 
     if not parse(args.recipe):
         note("recipe none: nothing to do")
@@ -64,7 +70,7 @@ def compress(args) -> None:
             progress.show(f"{len(reports)} weights, {report.name}")
 
         small = compress(model, args.recipe, calibration_ids(args, model), on_report=show)
-    save_native(small, args.out, overwrite=args.overwrite)
+    save(small, args.out, args.format, overwrite=args.overwrite)
     before, after = sizes(model), sizes(small)
     if args.json:
         result = {"out": args.out, "format": args.format, "recipe": small.recipe, **asdict(after)}
@@ -82,11 +88,10 @@ def compress(args) -> None:
 def convert(args) -> None:
     """Write the other format."""
     from refllm.evaluate.tables import nbytes
-    from refllm.model.convert import convert
+    from refllm.model.convert import FOLDER_TYPES, convert
     from refllm.model.to_gguf import GGUF_TYPES
-    from refllm.model.to_hf import HF_TYPES
 
-    types = GGUF_TYPES if args.out.endswith(".gguf") else HF_TYPES
+    types = GGUF_TYPES if args.out.endswith(".gguf") else FOLDER_TYPES
     if args.type.upper() not in types:
         raise UsageError(f"--type must be one of {', '.join(types)} for {args.out}, got {args.type!r}")
     done = convert(args.model, args.out, args.type.upper(), overwrite=args.overwrite)
@@ -94,8 +99,9 @@ def convert(args) -> None:
         print_json(done)
         return
     print(f"{done['path']}: {done['tensors']} tensors, {done['type']}, {nbytes(done['bytes'])}")
-    if done["kept_f16"]:
-        note(f"rows that no {done['type']} block divides are F16: {', '.join(done['kept_f16'][:4])}")
+    if others := done["other_types"]:
+        some = ", ".join(f"{name} {type_name}" for name, type_name in list(others.items())[:4])
+        note(f"{len(others)} matrices have rows that no {done['type']} block divides and got another type: {some}")
 
 
 def inspect(args) -> None:

@@ -105,9 +105,11 @@ def stream(name: str, count: int, width: int, at: int = 0, text: str = "") -> Fi
 
     A code that crosses into the next byte needs a second part whose width depends on i; it is described bit by bit.
     """
+    start = f"{at} + " if at else ""
     if 8 % width == 0:
-        return codes(name, count, width, f"{at} + {width} * i // 8", f"{width} * i % 8", text)
-    parts = tuple(Bits(1, f"{at} + ({width} * i + {k}) // 8", f"({width} * i + {k}) % 8", low=k) for k in range(width))
+        return codes(name, count, width, f"{start}{width} * i // 8", f"{width} * i % 8", text)
+    bit = [f"({width} * i + {k})" for k in range(width)]
+    parts = tuple(Bits(1, f"{start}{bit[k]} // 8", f"{bit[k]} % 8", low=k) for k in range(width))
     return Field(name, count, "u1", parts, text)
 
 

@@ -1,6 +1,7 @@
-"""A dense model -> a GGUF file. What `from_gguf` undoes is done here: names, rotary order, Gemma's w + 1."""
+"""A model -> a GGUF file. What `from_gguf` undoes is done here: names, rotary order, Gemma's w + 1."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -9,50 +10,108 @@ from refllm.formats.blocks import BLOCKS
 from refllm.formats.dtypes import BF16, FP16
 from refllm.formats.gguf import write_gguf
 from refllm.formats.gguf_vocab import tokenizer_to_gguf
+from refllm.kernels.packed import encode_gguf
+from refllm.kernels.packed.records import GGUFBlocks, Record, is_record
 from refllm.kernels.rope import Rope, half_split_to_interleaved, inverse_frequencies
 from refllm.model.config import ModelConfig
 from refllm.model.from_gguf import GEMMA_FULL_EVERY, GEMMA_NORMS, GLOBAL_NAMES, LAYER_NAMES, MLP_NORMS
 from refllm.model.model import Model
+from refllm.model.quantized import fitting
+from refllm.model.quantized.gguf_blocks import storable
 
-GGUF_TYPES = ("F32", "F16", "BF16", *(name for name, form in BLOCKS.items() if form.encode_fields))
+GGUF_TYPES = ("F32", "F16", "BF16", *(name for name, form in BLOCKS.items() if not form.activations_only))
+# What a matrix gets whose rows no block of the wanted type divides, as llama-quantize does it; F16 if that fails too.
+FALLBACKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+}
 # general.file_type
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39,
+    "Q1_0": 40,
+}  # fmt: skip
+_FILE_TYPE_GUESSED = 1024
 
 
-def to_gguf(model: Model, path: str | os.PathLike, type_name: str = "F32") -> list[str]:
-    """Write a dense model as a GGUF file; returns the matrices that had to be F16 (see `convert`)."""
+def to_gguf(model: Model, path: str | os.PathLike, type_name: str | None = "F32") -> dict[str, str]:
+    """Write a model as a GGUF file; returns the matrices that had to get another type (see `convert`).
+
+    Packed weights are written as blocks that hold exactly the same numbers; a ValueError names one for which there are
+    none. `type_name` is what the others are encoded as; None: the narrowest of F16, BF16 and F32 that is exact.
+    """
     config = model.config
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     names = _gguf_names(config)
-    tensors, kept = {}, []
+    tensors, others = {}, {}
     for name, weight in model.weights.items():
-        array = weight.astype(np.float32, copy=False)
+        if is_record(weight):
+            blocks = _blocks(weight, name)
+            stored_type, array = blocks.type_name, blocks.data
+        else:
+            stored_type, array = None, weight.astype(np.float32, copy=False)
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_heads if ".q_proj." in name else config.num_kv_heads
             array = array[half_split_to_interleaved(heads, config.head_dim)]
         if name.endswith("norm.weight"):
             array = array + np.float32(config.norm_offset)
-        stored_type = "F32" if array.ndim == 1 else type_name
-        if stored_type in BLOCKS and array.shape[-1] % BLOCKS[stored_type].block_size:
-            stored_type = "F16"
-            kept.append(name)
-        tensors[names(name)] = (stored_type, encode(array, stored_type, name))
+        if stored_type is None:
+            wanted = type_name or narrowest_exact(array)
+            stored_type = "F32" if array.ndim == 1 else fitting_type(wanted, array.shape[-1])
+            if stored_type not in ("F32", wanted):
+                others[name] = stored_type
+            array = encode(array, stored_type, name)
+        tensors[names(name)] = (stored_type, array)
     if (divisors := frequency_divisors(config.rope, config.head_dim)) is not None:
         tensors["rope_freqs.weight"] = ("F32", divisors)
-    metadata = _gguf_metadata(model, architecture, type_name)
+    commonest = Counter(stored for stored, _ in tensors.values()).most_common(1)[0][0]
+    metadata = _gguf_metadata(model, architecture, type_name or commonest)
     write_gguf(path, metadata, tensors)
-    return kept
+    return others
+
+
+def _blocks(record: Record, name: str) -> GGUFBlocks:
+    try:
+        return storable(record)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be stored as gguf: {error}; {fitting(record)} can") from None
+
+
+def narrowest_exact(array: np.ndarray) -> str:
+    """F16, BF16 or F32: the first that changes no number of a float32 array."""
+    for name in ("F16", "BF16"):
+        try:
+            stored = encode(array, name, "")
+        except ValueError:
+            continue
+        if np.array_equal(BF16.decode(stored) if name == "BF16" else stored.astype(np.float32), array):
+            return name
+    return "F32"
+
+
+def fitting_type(type_name: str, columns: int) -> str:
+    """This type if its blocks divide the rows, else the one of FALLBACKS, else F16."""
+    for name in (type_name, FALLBACKS.get(type_name, "F16")):
+        if name not in BLOCKS or columns % BLOCKS[name].block_size == 0:
+            return name
+    return "F16"
 
 
 def encode(array: np.ndarray, type_name: str, name: str) -> np.ndarray:
     """float32 -> what a file of this type stores; a value beyond the type's range is a ValueError naming the tensor."""
     try:
         if type_name in BLOCKS:
-            return BLOCKS[type_name].encode(array)
+            return encode_gguf(type_name, array)
         if type_name == "F32":
             return array
         form = {"BF16": BF16, "F16": FP16}[type_name]
-        codes = form.encode(array)
+        codes = form.encode(array, overflow="ieee")
         if not np.isfinite(form.decode(codes)).all():
             raise ValueError(f"a value is beyond the range of {type_name}")
     except ValueError as error:
@@ -123,7 +182,10 @@ def _gguf_metadata(model: Model, architecture: str, type_name: str) -> dict[str,
         if value is not None:
             own[key] = float(value)
     metadata: dict[str, object] = {"general.architecture": architecture}
-    metadata |= {"general.name": model.name or "model", "general.file_type": _FILE_TYPES[type_name]}
+    metadata |= {
+        "general.name": model.name or "model",
+        "general.file_type": _FILE_TYPES.get(type_name, _FILE_TYPE_GUESSED),
+    }
     if type_name in BLOCKS:
         metadata["general.quantization_version"] = 2
     metadata |= {f"{architecture}.{key}": value for key, value in own.items()}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.formats.blocks import scale_search
 from refllm.formats.layouts import Layout
 
-_CHUNK = 8192  # blocks worked on at a time: keeps the temporaries small on large tensors
+_CHUNK = 1 << 16  # numbers worked on at a time: the temporaries of a search stay in cache
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,14 @@ class BlockFormat:
     decode_fields : callable
         Fields by name, each (n, count), -> (n, block_size) float32.
     encode_fields : callable or None
-        The inverse; None for a format that is only read. With `takes_importance` it has a second argument: (n,
-        block_size) float32 weights of the squared errors, or None.
+        The inverse; None for a format that is only read. With `takes_importance` it has two more arguments: (n,
+        block_size) float32 importance or None, and who searches the scales (the module scale_search or its equal).
     takes_importance : bool
+    weigh : callable, optional
+        For a format whose weights need the whole row: rows (..., n) and their importance -> what encode_fields gets as
+        importance.
+    activations_only : bool
+        Never a weight in a file: what ggml rounds activations to before it multiplies them with weights.
 
     Examples
     --------
@@ -41,6 +47,8 @@ class BlockFormat:
     decode_fields: Callable[..., np.ndarray]
     encode_fields: Callable[..., dict[str, np.ndarray]] | None = None
     takes_importance: bool = False
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    activations_only: bool = False
 
     @property
     def name(self) -> str:
@@ -82,29 +90,49 @@ class BlockFormat:
             n is not a multiple of the block size; a value is NaN or infinite or overflows the scale; the format is only
             read, or knows no importance; an importance is negative, not finite or of another shape.
         """
+        blocks, weights = self.prepare(x, importance)
+        out = np.empty((len(blocks), self.bytes_per_block), np.uint8)
+        self.encode_blocks(blocks, weights, out)
+        return self.finish(out, np.shape(x))
+
+    def prepare(self, x: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """What `encode` does first: check; blocks (n, block_size) float32 and their weights, or None."""
         if self.encode_fields is None:
             raise ValueError(f"{self.name} can be read but not written")
-        x = np.asarray(x, np.float32)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite, and refused below
+            x = np.asarray(x, np.float32)
         if x.ndim == 0 or x.shape[-1] % self.block_size:
             raise ValueError(f"{self.name} needs rows that are a multiple of {self.block_size}, got shape {x.shape}")
         if not np.isfinite(x).all():
             raise ValueError(f"{self.name} cannot hold NaN or infinity")
-        blocks = x.reshape(-1, self.block_size)
-        if self.takes_importance:
-            weights = None if importance is None else self._importance(importance, x.shape)
-            work = lambda part: (blocks[part], None if weights is None else weights[part])
-        elif importance is None:
-            work = lambda part: (blocks[part],)
-        else:
+        blocks = np.ascontiguousarray(x).reshape(-1, self.block_size)
+        if importance is None:
+            return blocks, None
+        if not self.takes_importance:
             raise ValueError(f"{self.name} is encoded without importance; leave it out")
-        out = np.empty((len(blocks), self.bytes_per_block), np.uint8)
+        weights = np.asarray(importance, np.float32)
+        if weights.shape not in (x.shape, x.shape[-1:]):
+            raise ValueError(f"importance must have the shape {x.shape[-1:]} or {x.shape}, got {weights.shape}")
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError("importance must be finite and not negative")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            weights = self.weigh(x, weights) if self.weigh else np.broadcast_to(weights, x.shape)
+        return blocks, np.ascontiguousarray(weights).reshape(-1, self.block_size)
+
+    def encode_blocks(self, blocks, weights, out: np.ndarray, search=scale_search) -> None:
+        """What `encode` does next: blocks and weights of `prepare` -> out (n, bytes_per_block) uint8."""
+        step = max(1, _CHUNK // self.block_size)
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-            for start in range(0, len(blocks), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                out[part] = self.layout.pack(**self.encode_fields(*work(part)))
+            for start in range(0, len(blocks), step):
+                part = slice(start, start + step)
+                rest = (None if weights is None else weights[part], search) if self.takes_importance else ()
+                out[part] = self.layout.pack(**self.encode_fields(blocks[part], *rest))
+
+    def finish(self, out: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What `encode` does last: check that every scale is finite, and give rows their shape."""
         if not self.is_finite(out):
             raise ValueError(f"a value is too large for {self.name}: the scale overflows float16")
-        return out.reshape(*x.shape[:-1], x.shape[-1] // self.block_size * self.bytes_per_block)
+        return out.reshape(*shape[:-1], shape[-1] // self.block_size * self.bytes_per_block)
 
     def decode(self, data: np.ndarray) -> np.ndarray:
         """Blocks (..., bytes) uint8 -> (..., bytes / bytes_per_block * block_size) float32. Any bytes decode."""
@@ -115,21 +143,18 @@ class BlockFormat:
         blocks = data.reshape(-1, self.bytes_per_block)
         out = np.empty((len(blocks), self.block_size), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            for start in range(0, len(blocks), _CHUNK):
-                part = slice(start, start + _CHUNK)
+            step = max(1, _CHUNK // self.block_size)
+            for start in range(0, len(blocks), step):
+                part = slice(start, start + step)
                 out[part] = self.decode_fields(**self.layout.unpack(blocks[part]))
         return out.reshape(*data.shape[:-1], data.shape[-1] // self.bytes_per_block * self.block_size)
 
     def is_finite(self, data: np.ndarray) -> bool:
-        """Whether every float in these bytes is finite; then every decoded number is."""
-        floats = tuple(field.name for field in self.layout.fields if field.dtype[0] == "f")
-        fields = self.layout.unpack(np.asarray(data).reshape(-1, self.bytes_per_block), floats)
-        return all(bool(np.isfinite(value).all()) for value in fields.values())
-
-    def _importance(self, importance: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        weights = np.asarray(importance, np.float32)
-        if weights.shape not in (shape, shape[-1:]):
-            raise ValueError(f"importance must have the shape {shape[-1:]} or {shape}, got {weights.shape}")
-        if not (np.isfinite(weights) & (weights >= 0)).all():
-            raise ValueError("importance must be finite and not negative")
-        return np.broadcast_to(weights, shape).reshape(-1, self.block_size)
+        """Whether every decoded number of these bytes is finite."""
+        blocks = np.asarray(data).reshape(-1, self.bytes_per_block)
+        floats = {field.name: field.dtype for field in self.layout.fields if field.dtype[0] == "f"}
+        if floats and set(floats.values()) == {"f2"}:  # times codes, far from float32's end: the scales decide
+            fields = self.layout.unpack(blocks, tuple(floats))
+            return all(bool(np.isfinite(value).all()) for value in fields.values())
+        step = max(1, _CHUNK // self.block_size)
+        return all(np.isfinite(self.decode(blocks[i : i + step])).all() for i in range(0, len(blocks), step))

@@ -18,7 +18,7 @@ import numpy as np
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import matmul
+from refllm.kernels.packed import encode_gguf, matmul
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 
 SPREAD = 1 << 30  # bytes; the largest last-level caches of single processors hold less
@@ -67,9 +67,9 @@ def packed_weight(kind: str, W: np.ndarray) -> IntWeight | GGUFBlocks:
     if kind in KINDS:
         scale, zero_point = KINDS[kind].fit(W)
         return IntWeight.pack(KINDS[kind], KINDS[kind].encode(W, scale, zero_point), scale, zero_point)
-    if not getattr(getattr(blocks, kind, None), "encode_fields", None):
-        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)} and the GGUF types that can be written")
-    return GGUFBlocks(getattr(blocks, kind).encode(W), kind, W.shape[1])
+    if kind not in blocks.BLOCKS:
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)} and the GGUF types")
+    return GGUFBlocks(encode_gguf(kind, W), kind, W.shape[1])
 
 
 def gemv_ratios(

@@ -1,14 +1,16 @@
-"""GGUF blocks byte for byte: vectors worked by hand, and gguf-py as the oracle for random values and random bytes."""
+"""GGUF blocks: what all formats have in common, and the simple ones byte for byte, worked by hand."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.formats.blocks import BLOCKS, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q6_K, Q8_0
+from refllm.formats.blocks import BLOCKS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
+from refllm.formats.blocks.simple import row_weights
 from tests.strategies import weights
 
-WRITABLE = [form for form in BLOCKS.values() if form.encode_fields]
+FORMATS = list(BLOCKS.values())
+SIMPLE = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0]
 
 
 def f16(value: float) -> list[int]:
@@ -37,8 +39,7 @@ def test_q4_0_halves_round_up_and_the_top_code_is_clipped():
 
 def test_a_zero_block_keeps_the_minus_zero_scale():
     assert Q4_0.encode(row()).tolist() == [0x00, 0x80] + [0x88] * 16
-    for form in WRITABLE:
-        assert not form.decode(form.encode(row())).any()
+    assert Q4_0.encode(-row()).tolist() == Q4_0.encode(row()).tolist()
 
 
 def test_q4_1_by_hand():
@@ -69,46 +70,7 @@ def test_q8_0_halves_go_away_from_zero():
     assert data[2:9].view(np.int8).tolist() == [127, 1, 2, 3, -1, -3, 0]
 
 
-def test_six_bit_scales_by_hand():
-    scales, minima = np.arange(8) * 9, 63 - np.arange(8) * 9  # 0..63 and 63..0: every bit is used
-    block = np.zeros((1, 144), np.uint8)
-    for j in range(4):
-        block[0, 4 + j] = scales[j] | scales[j + 4] >> 4 << 6
-        block[0, 8 + j] = minima[j] | minima[j + 4] >> 4 << 6
-        block[0, 12 + j] = scales[j + 4] & 15 | (minima[j + 4] & 15) << 4
-    got = Q4_K.layout.unpack(block)
-    assert [*got["sc_low"][0], *got["sc_high"][0]] == scales.tolist()
-    assert [*got["mn_low"][0], *got["mn_high"][0]] == minima.tolist()
-
-
-def test_q4_k_by_hand():
-    """Sub-block j has scale j + 1 and minimum 2j; element i has code (i + j) % 16."""
-    i = np.arange(256)
-    j, codes = i // 32, (i + i // 32) % 16
-    block = np.zeros(144, np.uint8)
-    block[:4] = f16(0.5) + f16(0.25)
-    for k in range(4):
-        block[4 + k], block[8 + k] = k + 1, 2 * k
-        block[12 + k] = (k + 5) | (2 * (k + 4)) << 4
-    for n, code in enumerate(codes):
-        block[16 + 32 * (n // 64) + n % 32] |= code << 4 * (n % 64 // 32)
-    np.testing.assert_array_equal(Q4_K.decode(block), 0.5 * (j + 1) * codes - 0.25 * 2 * j)
-
-
-def test_q6_k_by_hand():
-    i = np.arange(256)
-    codes, scales = i * 7 % 64, np.arange(16) - 8
-    block = np.zeros(210, np.uint8)
-    for n, code in enumerate(codes):
-        half, k, place = n // 128, n % 128 // 32, n % 32
-        block[64 * half + 32 * (k % 2) + place] |= (code & 15) << 4 * (k // 2)
-        block[128 + 32 * half + place] |= (code >> 4) << 2 * k
-    block[192:208] = scales.astype(np.int8).view(np.uint8)
-    block[208:] = f16(0.25)
-    np.testing.assert_array_equal(Q6_K.decode(block), 0.25 * scales[i // 16] * (codes - 32.0))
-
-
-@pytest.mark.parametrize("form", WRITABLE, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", SIMPLE, ids=lambda form: form.name)
 @given(data=st.data())
 def test_the_error_stays_within_the_grid(form, data):
     x = data.draw(weights(columns=st.sampled_from([32, 64])))
@@ -124,7 +86,7 @@ def test_the_error_stays_within_the_grid(form, data):
     assert (error.max(axis=1) <= bound).all()
 
 
-@pytest.mark.parametrize("form", BLOCKS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_shapes_and_memory_order(form):
     rng = np.random.default_rng(0)
     data = rng.integers(0, 256, (2, 3, 2 * form.bytes_per_block), dtype=np.uint8)
@@ -138,60 +100,103 @@ def test_shapes_and_memory_order(form):
     assert form.bits_per_weight == 8 * form.bytes_per_block / form.block_size
 
 
-@pytest.mark.parametrize("form", WRITABLE, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_encode_refuses_what_it_cannot_hold(form):
-    for bad in (np.nan, np.inf, -np.inf):
+    good = np.ones(form.block_size, np.float32)
+    for bad in (np.nan, np.inf, -np.inf, 1e300):
         with pytest.raises(ValueError, match="NaN or infinity"):
-            form.encode(row(1, bad))
-    with pytest.raises(ValueError, match="overflows float16"):
-        form.encode(row(3e38, -3e38) if form is Q8_0 else row(1e38, -1e38))
-    with pytest.raises(ValueError, match=r"multiple of 32, got shape \(31,\)"):
-        form.encode(np.zeros(31, np.float32))
+            form.encode(np.where(np.arange(form.block_size) == 3, bad, 1.0))
+    if form.name not in ("Q8_K", "MXFP4", "NVFP4"):  # a float32 scale, an exponent, a scale that saturates
+        with pytest.raises(ValueError, match="overflows float16"):
+            form.encode(np.where(np.arange(form.block_size) % 2, 3e38, -3e38))
+    with pytest.raises(ValueError, match=rf"multiple of {form.block_size}, got shape \({form.block_size - 1},\)"):
+        form.encode(good[1:])
     with pytest.raises(ValueError, match="multiple of"):
         form.decode(np.zeros(form.bytes_per_block + 1, np.uint8))
     with pytest.raises(ValueError, match="got float32"):
         form.decode(np.zeros(form.bytes_per_block, np.float32))
-    tiny = form.encode(row(1e-44, -1e-44))  # 1/d overflows
-    assert not form.decode(tiny).any()
+    if not form.takes_importance:
+        with pytest.raises(ValueError, match="without importance"):
+            form.encode(good, good)
+        return
+    for importance, why in ((good[1:], "must have the shape"), (-good, "not negative"), (good * np.nan, "finite")):
+        with pytest.raises(ValueError, match=why):
+            form.encode(good, importance)
 
 
-def test_formats_that_are_only_read_say_so():
-    with pytest.raises(ValueError, match="Q4_K can be read but not written"):
-        Q4_K.encode(np.zeros(256, np.float32))
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_zeros_and_tiny_numbers_come_back_as_zeros(form):
+    """Also where 1/d overflows, and with importance, whatever it says."""
+    for scale in (0.0, -0.0, 1e-44, -1e-39):
+        x = np.full(form.block_size, scale, np.float32)
+        x[1] *= -1
+        assert np.abs(form.decode(form.encode(x))).max() <= 1e-38
+        if form.takes_importance:
+            assert np.abs(form.decode(form.encode(x, np.zeros(form.block_size)))).max() <= 1e-38
 
 
-def test_finite_scales_mean_finite_numbers():
-    for form in BLOCKS.values():
-        data = np.zeros((3, form.bytes_per_block), np.uint8)
-        assert form.is_finite(data)
-        floats = [field.name for field in form.layout.fields if field.dtype == "f2"]
-        assert floats
-        for name in floats:
-            fields = form.layout.unpack(data)
-            fields[name][1] = np.inf
-            assert not form.is_finite(form.layout.pack(**fields))
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_blocks_are_encoded_alike_wherever_they_lie(form):
+    """One block at a time, all at once, in any memory order; inputs are left alone."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2 * form.block_size)).astype(np.float32)
+    data = form.encode(x)
+    alone = [form.encode(block) for block in x.reshape(-1, form.block_size)]
+    np.testing.assert_array_equal(data.reshape(-1, form.bytes_per_block), alone)
+    wide = np.asfortranarray(np.repeat(x, 2, axis=0))[::2]
+    wide.flags.writeable = False
+    np.testing.assert_array_equal(form.encode(wide.astype(">f4")), data)
+    assert form.encode(x[:0]).shape == (0, 2 * form.bytes_per_block)
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("form", BLOCKS.values(), ids=lambda form: form.name)
-def test_random_bytes_decode_as_in_gguf_py(form):
-    from gguf import GGMLQuantizationType, quants
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.takes_importance], ids=lambda form: form.name)
+def test_importance_lowers_the_error_where_it_is_large(form):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((64, 512)).astype(np.float32)
+    importance = np.exp(2 * rng.standard_normal(512)).astype(np.float32)
+    error = lambda data: float((importance * (form.decode(data).astype(np.float64) - x) ** 2).sum())
+    assert error(form.encode(x, importance)) < error(form.encode(x))
+    # Powers of two change no rounding; the same importance for every row is the importance of all of them.
+    np.testing.assert_array_equal(form.encode(x, importance), form.encode(x, np.tile(4 * importance, (64, 1))))
 
-    data = np.random.default_rng(1).integers(0, 256, (300, 2 * form.bytes_per_block), dtype=np.uint8)
-    with np.errstate(all="ignore"):
-        expected = quants.dequantize(data, GGMLQuantizationType[form.name])
-    np.testing.assert_array_equal(form.decode(data), expected)
-    assert form.type_id == GGMLQuantizationType[form.name]
+
+def test_row_weights_by_hand():
+    x, importance = np.float32([[3, 4, 0, -1]]), np.float32([1, 2, 3, 4])
+    np.testing.assert_allclose(row_weights(x, importance), importance * np.sqrt(26 / 4 + x**2), rtol=1e-6)
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("form", WRITABLE, ids=lambda form: form.name)
-def test_values_encode_as_in_gguf_py(form):
-    from gguf import GGMLQuantizationType, quants
+def test_q8_1_holds_the_sum_of_its_codes():
+    data = Q8_1.encode(row(127, -3.5, 2.5))
+    fields = Q8_1.layout.unpack(data[None])
+    assert (fields["d"].item(), fields["s"].item()) == (1.0, 127 - 4 + 3)
+    assert fields["q"][0, :3].tolist() == [127, -4, 3]
+    np.testing.assert_array_equal(Q8_1.decode(data)[:3], [127, -4, 3])
 
-    rng = np.random.default_rng(2)
-    x = rng.standard_normal((3000, 64)) * np.exp(3 * rng.standard_normal((3000, 1)))
-    x[:1000] = np.round(x[:1000] * 4) / 8  # ties
-    edges = [row(), -row(), row(8), row(-8), row(1, -1), np.full(32, -3.0), np.arange(32) - 16.0, np.arange(32) / 2 - 8]
-    x = np.concatenate([x.reshape(-1, 32), edges]).astype(np.float32)
-    np.testing.assert_array_equal(form.encode(x), quants.quantize(x, GGMLQuantizationType[form.name]))
+
+def test_finer_types_err_less():
+    x = np.random.default_rng(2).standard_normal((16, 512)).astype(np.float32)
+    error = lambda name: np.square(BLOCKS[name].decode(BLOCKS[name].encode(x)) - x).mean()
+    for names in (("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), ("Q4_0", "Q5_0", "Q8_0"), ("Q4_1", "Q5_1", "Q8_1")):
+        errors = [error(name) for name in names]
+        assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_finite_bytes_are_told_from_others(form):
+    data = np.random.default_rng(3).integers(0, 256, (200, form.bytes_per_block), dtype=np.uint8)
+    finite = [form.is_finite(block) for block in data]
+    expected = np.isfinite(form.decode(data)).all(axis=1)
+    if form is Q8_1:  # the sum counts as well
+        expected &= np.isfinite(form.layout.unpack(data)["s"][:, 0])
+    assert finite == expected.tolist()
+    assert form.is_finite(np.zeros((2, form.bytes_per_block), np.uint8))
+    if form.name != "NVFP4":  # every byte is finite there
+        assert not form.is_finite(np.full((2, form.bytes_per_block), 0xFF, np.uint8))
+
+
+def test_type_ids_are_those_of_gguf_files():
+    from refllm.formats.gguf import TENSOR_TYPES
+
+    for form in FORMATS:
+        assert TENSOR_TYPES[form.type_id] == (form.name, form.block_size, form.bytes_per_block)
+    assert {form.name for form in FORMATS if form.activations_only} == {"Q8_1", "Q8_K"}

@@ -62,7 +62,7 @@ def test_token_ids_stay_equal(tmp_path, metadata):
         assert again.chat_format.name == "chatml"
 
 
-@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"])
 def test_gguf_types_hold_the_encoded_matrix_and_float32_norms(tmp_path, type_name):
     model = random_model(intermediate_size=64)
     to_hf(model, tmp_path / "hf")
@@ -104,9 +104,18 @@ def test_folders_of_half_precision(tmp_path, type_name, dtype):
 def test_rows_no_block_divides_are_kept_in_f16_and_reported(tmp_path):
     to_hf(random_model(intermediate_size=48), tmp_path / "hf")
     report = convert(tmp_path / "hf", tmp_path / "m.gguf", "Q8_0")
-    assert report["kept_f16"] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
+    assert report["other_types"] == {f"model.layers.{i}.mlp.down_proj.weight": "F16" for i in range(2)}
     assert read_gguf(tmp_path / "m.gguf").tensors["blk.0.ffn_down.weight"].type_name == "F16"
     assert report["bytes"] == (tmp_path / "m.gguf").stat().st_size
+
+
+def test_rows_no_super_block_divides_get_the_type_llama_quantize_chooses(tmp_path):
+    to_hf(random_model(intermediate_size=256), tmp_path / "hf")
+    report = convert(tmp_path / "hf", tmp_path / "m.gguf", "Q4_K")
+    types = {name: t.type_name for name, t in read_gguf(tmp_path / "m.gguf").tensors.items() if len(t.shape) == 2}
+    assert types["blk.0.ffn_down.weight"] == "Q4_K" and types["blk.0.ffn_up.weight"] == "Q5_0"
+    assert set(report["other_types"].values()) == {"Q5_0"} and len(report["other_types"]) == len(types) - 2
+    assert load(tmp_path / "m.gguf", dense=True).weights["model.layers.0.mlp.down_proj.weight"].shape[1] == 256
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
@@ -119,9 +128,9 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 def test_refusals(tmp_path):
     model = random_model()
     to_hf(model, tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"type must be one of F32, F16, BF16, Q4_0, .* got 'Q4_K'"):
-        convert(tmp_path / "hf", tmp_path / "m.gguf", "Q4_K")
-    with pytest.raises(ValueError, match="type must be one of F32, BF16, F16 for out, got 'Q8_0'"):
+    with pytest.raises(ValueError, match=r"type must be one of F32, F16, BF16, Q4_0, .* got 'Q8_K'"):
+        convert(tmp_path / "hf", tmp_path / "m.gguf", "Q8_K")
+    with pytest.raises(ValueError, match=r"type must be one of F32, BF16, F16, NF4, .* for out, got 'Q8_0'"):
         convert(tmp_path / "hf", tmp_path / "out", "Q8_0")
     (tmp_path / "m.gguf").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="allow overwriting"):
@@ -231,8 +240,8 @@ def test_describe_says_why_a_model_cannot_be_run(tmp_path):
     assert "FalconForCausalLM" in report["reason"]
     path.write_text(text[:-1] + ', "quantization_config": {"quant_method": "gptq", "bits": 4}}')
     report = describe(tmp_path / "hf")
-    assert "gptq" in report["reason"]
-    assert "zero points one too low" in report["conventions"]["packing"]
+    assert report["format"] == "Hugging Face, gptq"
+    assert "quantization_config (gptq): group_size missing" in report["reason"]
 
 
 @pytest.mark.oracle

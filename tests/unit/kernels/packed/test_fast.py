@@ -9,7 +9,6 @@ from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m, keep_top
 from refllm.kernels.packed import fast, reference
-from refllm.kernels.packed.decode_kernels import GGUF_TEXTS
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight, Sparse24, SparseBitmask
 from tests.strategies import PROPERTY, group_sizes, mixed_weights
 from tests.unit.kernels.packed.test_records import int_weight, one_of_each
@@ -27,8 +26,10 @@ def random_blocks(name, rows, count, seed):
     form, rng = blocks.BLOCKS[name], np.random.default_rng(seed)
     fields = form.layout.unpack(rng.integers(0, 256, (rows, count, form.bytes_per_block), dtype=np.uint8))
     for values in fields.values():
-        if values.dtype == np.float16:
+        if values.dtype.kind == "f":
             values[:] = rng.standard_normal(values.shape) * 10.0 ** rng.integers(-7, 4, values.shape)
+    if "e" in fields:  # MXFP4: 12 times 2^125 is infinite
+        fields["e"][:] = np.minimum(fields["e"], 252)
     return GGUFBlocks(form.layout.pack(**fields).reshape(rows, -1), name, count * form.block_size)
 
 
@@ -37,7 +38,6 @@ def random_blocks(name, rows, count, seed):
 @given(rows=st.integers(1, 3), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_gguf_blocks_bit_for_bit(name, rows, count, seed):
     weight = random_blocks(name, rows, count, seed)
-    assert name in GGUF_TEXTS
     assert np.array_equal(unpacked(weight), weight.dense())
 
 
