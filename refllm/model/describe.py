@@ -9,16 +9,11 @@ from pathlib import Path
 from refllm.formats.errors import FormatError
 from refllm.formats.files import read_json
 from refllm.formats.gguf import GGUFFile, read_gguf
+from refllm.formats.hf import quantization
 from refllm.formats.tensors import open_folder, read_safetensors
 from refllm.model import from_gguf, from_hf
 from refllm.model.load import BUILT_IN, resolve
-
-_PACKINGS = {
-    "gptq": "int32 along in, lowest bits first; zero points one too low unless checkpoint_format is gptq_v2",
-    "awq": "int32 along out, nibble order 0,2,4,6,1,3,5,7; zero points as they are",
-    "compressed-tensors": "int32 along in, lowest bits first",
-    "bitsandbytes": "uint8, high nibble first (4-bit)",
-}
+from refllm.model.quantized import HEAD, read_settings, take_records
 
 
 def describe(source: str | os.PathLike) -> dict:
@@ -125,29 +120,28 @@ def _describe_folder(path: Path) -> dict:
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else None
     generation = path / "generation_config.json"
-    quantised = _quantisation(path, config)
+    found, place = quantization(path, config)
 
     def parse():
-        if quantised:
-            raise FormatError(f"quantised checkpoint ({quantised.get('quant_method')}): not run yet", path=path)
-        has_head = "lm_head.weight" in tensors
-        return from_hf.parse_config(config, read_json(generation) if generation.exists() else {}, has_head, path=path)
+        has_head = any(name.startswith(f"{HEAD}.") for name in tensors)
+        generated = read_json(generation) if generation.exists() else {}
+        parsed = from_hf.parse_config(config, generated, has_head, path=path)
+        if found is not None:  # one module tells whether the label fits the tensors
+            some = [name for name in from_hf.linears(parsed) if not name.startswith(HEAD)][:1]
+            take_records(found, from_hf.text_tensors(tensors), some, place)
+        return parsed
 
     conventions = {
         "rope layout": "half-split pairs",
-        "head": "separate" if "lm_head.weight" in tensors else "tied to the embedding",
+        "head": "separate" if any(name.startswith(f"{HEAD}.") for name in tensors) else "tied to the embedding",
         "norms": "stored as w, used as 1 + w" if "Gemma" in str(architecture) else "stored as w",
     }
-    if quantised:
-        method = str(quantised.get("quant_method"))
-        conventions["packing"] = f"{method}: {_PACKINGS.get(method, 'not known to refllm')}"
-        conventions["quantization"] = str(_short(str(quantised)))
-    return _report("Hugging Face", path, architecture, _plain(tensors), conventions, {}, parse)
-
-
-def _quantisation(path: Path, config: dict) -> dict:
-    for name in ("quantize_config.json", "quantization_config.json"):
-        if "quantization_config" not in config and (path / name).exists():
-            return {"quant_method": "gptq"} | read_json(path / name)
-    found = config.get("quantization_config", {})
-    return found if isinstance(found, dict) else {"quant_method": found}
+    form = "Hugging Face"
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        form, conventions["quantization"] = f"{form}, {method}", str(_short(str(found)))
+        try:
+            conventions |= read_settings(found, place)[1].conventions
+        except FormatError:
+            pass  # parse() gives it as the reason
+    return _report(form, path, architecture, _plain(tensors), conventions, {}, parse)

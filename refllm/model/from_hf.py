@@ -12,8 +12,10 @@ import numpy as np
 from refllm.formats.errors import FormatError
 from refllm.formats.hf import HFFolder
 from refllm.formats.tensors import StoredTensor
+from refllm.kernels.packed.records import Record
 from refllm.model.config import ModelConfig, Rope
 from refllm.model.names import check_weights, expected_shapes
+from refllm.model.quantized import HEAD, take_records
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -31,11 +33,12 @@ _MUST_BE = {
     "is_decoder": (True, None),
 }
 _BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints store what the config already says
+EMBEDDING = "model.embed_tokens.weight"
 _OTHER_MODALITIES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
-def read_model(folder: HFFolder, dtype: str = "float32") -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Config and weights of an opened folder.
+def read_model(folder: HFFolder, dtype: str = "float32") -> tuple[ModelConfig, dict[str, np.ndarray | Record]]:
+    """Config and weights of an opened folder; quantised weights stay packed.
 
     Parameters
     ----------
@@ -49,24 +52,32 @@ def read_model(folder: HFFolder, dtype: str = "float32") -> tuple[ModelConfig, d
     FormatError
         One line naming the key or tensor that is missing, unknown, contradictory, misshapen, or not finite.
     """
-    tensors = _text_tensors(folder.tensors)
-    config = parse_config(
-        folder.config, folder.generation, "lm_head.weight" in tensors, path=folder.path / "config.json"
-    )
+    tensors = text_tensors(folder.tensors)
+    has_head = any(name.startswith(f"{HEAD}.") for name in tensors)
+    config = parse_config(folder.config, folder.generation, has_head, path=folder.path / "config.json")
     if config.tied_embeddings:
         _drop_tied_copy(tensors, folder)
-    check_weights(expected_shapes(config), {name: tensor.shape for name, tensor in tensors.items()}, path=folder.path)
+    shapes = expected_shapes(config)
     weights = {}
+    if folder.quantization is not None:
+        weights = take_records(folder.quantization, tensors, linears(config), folder.quantization_path)
+    check_weights(shapes, {name: weight.shape for name, weight in (tensors | weights).items()}, path=folder.path)
     for name, tensor in tensors.items():
         array = tensor.floats().astype(dtype, copy=False)
         if not np.isfinite(array).all():
             raise FormatError(f"weight {name!r} holds NaN or infinity", path=tensor.path, offset=tensor.offset)
         weights[name] = array
-    return config, weights
+    return config, {name: weights[name] for name in shapes}
 
 
-def _text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The language model's tensors under their plain names."""
+def linears(config: ModelConfig) -> list[str]:
+    """Names of the modules that a checkpoint can hold quantised: the linears of all layers, and an untied head."""
+    shapes = expected_shapes(config)
+    return [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and name != EMBEDDING]
+
+
+def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The language model's tensors under the names of a plain Llama, buffers and other modalities left out."""
     result = {}
     for name, tensor in tensors.items():
         if name.startswith(_OTHER_MODALITIES) or name.endswith(_BUFFERS):
@@ -86,7 +97,7 @@ def _text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _drop_tied_copy(tensors: dict[str, StoredTensor], folder: HFFolder) -> None:
     """A tied checkpoint may still carry the head; it must be the embedding then."""
     head = tensors.pop("lm_head.weight", None)
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(EMBEDDING)
     if head is not None and embedding is not None and not np.array_equal(head.stored(), embedding.stored()):
         message = "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
         raise FormatError(message, path=folder.path)

@@ -1,4 +1,4 @@
-"""A dense model -> a folder in Hugging Face layout."""
+"""A model -> a folder in Hugging Face layout: dense, or its packed linears as a quantised checkpoint."""
 
 import json
 import os
@@ -7,29 +7,74 @@ import numpy as np
 
 from refllm.formats.files import atomic_folder
 from refllm.formats.tensors import write_safetensors
+from refllm.kernels.packed.records import is_record
 from refllm.kernels.rope import Rope
 from refllm.model.config import ModelConfig
-from refllm.model.from_hf import ARCHITECTURES
+from refllm.model.from_hf import ARCHITECTURES, EMBEDDING, linears
 from refllm.model.model import Model
-from refllm.model.to_gguf import encode, frequency_divisors
+from refllm.model.quantized import pack
+from refllm.model.to_gguf import encode, frequency_divisors, narrowest_exact
 
 HF_TYPES = ("F32", "BF16", "F16")
 
 
 def to_hf(model: Model, folder: str | os.PathLike, type_name: str = "F32", overwrite: bool = False) -> None:
     """Write a dense model as a folder in Hugging Face layout: config.json, model.safetensors and the tokenizer."""
-    config = hf_config(model.config)
-    config["torch_dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[type_name]
-    # Hugging Face's Gemma multiplies by 1 + w whatever this model was loaded from.
-    offset = np.float32(1.0 if model.config.architecture == "gemma3" else 0.0) - np.float32(model.config.norm_offset)
     arrays, dtypes = {}, {}
-    for name, weight in model.weights.items():
-        array = weight.astype(np.float32, copy=False)
-        if name.endswith("norm.weight"):
-            array = array - offset
+    for name, array in _float_weights(model).items():
         arrays[name] = encode(array, "F32" if array.ndim == 1 else type_name, name)
         if arrays[name].dtype == np.uint16:
             dtypes[name] = "BF16"
+    config = hf_config(model.config) | {"torch_dtype": _TORCH_NAMES[type_name]}
+    _write(model, folder, config, arrays, dtypes, overwrite)
+
+
+def to_quantized_hf(model: Model, folder: str | os.PathLike, method: str, overwrite: bool = False) -> None:
+    """Write a model's packed linears as a quantised checkpoint, its other weights as floats.
+
+    The floats get the narrowest of F16, BF16 and F32 that all of them have in common; transformers runs in that type.
+
+    Parameters
+    ----------
+    model : Model
+    folder : path
+    method : str
+        A name of refllm.model.quantized.METHODS.
+    overwrite : bool
+        Replace an existing model folder.
+
+    Raises
+    ------
+    ValueError
+        Naming a tensor that the layout cannot store, and the formats that can.
+    """
+    modules = linears(model.config)
+    records = {module: w for module in modules if is_record(w := model.weights[f"{module}.weight"])}
+    plain = [module for module in modules if module not in records]
+    if is_record(model.weights[EMBEDDING]):
+        raise ValueError(f"{EMBEDDING} is packed, which {method} cannot store; native can")
+    floats = _float_weights(model)
+    types = {narrowest_exact(array) for array in floats.values()}
+    type_name = types.pop() if len(types) == 1 else "F32"
+    packed = pack(method, records, plain, type_name)
+    arrays = packed.tensors | {name: encode(array, type_name, name) for name, array in floats.items()}
+    dtypes = packed.dtypes | (dict.fromkeys(floats, "BF16") if type_name == "BF16" else {})
+    config = hf_config(model.config) | {"torch_dtype": _TORCH_NAMES[type_name], "quantization_config": packed.config}
+    _write(model, folder, config, arrays, dtypes, overwrite)
+
+
+_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _float_weights(model: Model) -> dict[str, np.ndarray]:
+    """The weights that are not packed, float32, norms as Hugging Face's Gemma wants them."""
+    # It multiplies by 1 + w whatever this model was loaded from.
+    offset = np.float32(1.0 if model.config.architecture == "gemma3" else 0.0) - np.float32(model.config.norm_offset)
+    floats = {n: w.astype(np.float32, copy=False) for n, w in model.weights.items() if not is_record(w)}
+    return {name: array - offset if name.endswith("norm.weight") else array for name, array in floats.items()}
+
+
+def _write(model: Model, folder, config: dict, arrays: dict, dtypes: dict, overwrite: bool) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         write_safetensors(temporary / "model.safetensors", arrays, {"format": "pt"}, dtypes)
         (temporary / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

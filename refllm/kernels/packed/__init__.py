@@ -12,8 +12,9 @@ import os
 import numpy as np
 
 from refllm.kernels.packed import reference
+from refllm.kernels.packed.encode import encode_gguf as encode_gguf
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.records import LowRank, Record, Sparse24, SparseBitmask, is_record
+from refllm.kernels.packed.records import LowRank, Record, Reordered, Sparse24, SparseBitmask, is_record
 
 ACTIVATIONS = ("float32", "int8")
 BACKENDS = ("numba", "numpy")
@@ -29,6 +30,8 @@ def backend() -> str:
 
 def has_codes(weight: object) -> bool:
     """Whether a weight is stored as codes, so that int8 activations apply to it."""
+    if isinstance(weight, Reordered):
+        return has_codes(weight.weight)
     inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask)) else weight
     return isinstance(inner, (IntWeight, GGUFBlocks))
 
@@ -70,6 +73,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
         raise ValueError(f"activations of a packed weight must be float32 or float64, got {x.dtype}")
     if isinstance(weight, LowRank):
         return matmul(matmul(x, weight.B, activations), weight.A, activations)
+    if isinstance(weight, Reordered):
+        return matmul(x[..., weight.order], weight.weight, activations)
     flat = x.reshape(-1, x.shape[-1])
     rounded = activations == "int8" and has_codes(weight)
     text = reference

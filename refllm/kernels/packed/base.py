@@ -61,6 +61,7 @@ class BaseRecord:
 
     kind: ClassVar[str]
     stored: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()  # stored fields that may be None
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,7 @@ class IntWeight(BaseRecord):
     columns: int
     kind: ClassVar[str] = "int"
     stored: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero_point")
+    optional: ClassVar[tuple[str, ...]] = ("zero_point",)
 
     def __post_init__(self):
         check_columns(self.columns)
@@ -116,7 +117,7 @@ class GGUFBlocks(BaseRecord):
         row_bytes = self.columns // layout.block_size * layout.bytes_per_block
         check_array("data", self.data, (np.uint8,), (row_count("data", self.data), row_bytes))
         if not layout.is_finite(self.data):
-            raise ValueError(f"data: a {self.type_name} scale is NaN or Inf")
+            raise ValueError(f"data: a {self.type_name} block decodes to NaN or Inf")
 
     @property
     def layout(self):

@@ -7,6 +7,8 @@ to.
 
     IntWeight      codes on an integer grid, one scale (and zero point) per group
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
+    CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
+    Reordered      a record whose columns are stored in another order
     Sparse24       two of every four columns, with 2-bit positions
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
     LowRank        two factors; never multiplied out
@@ -25,15 +27,18 @@ import numpy as np
 
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
+from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask
 
 __all__ = [
     "KINDS",
+    "CodeWeight",
     "GGUFBlocks",
     "IntWeight",
     "LowRank",
     "Record",
+    "Reordered",
     "Sparse24",
     "SparseBitmask",
     "as_float",
@@ -44,8 +49,10 @@ __all__ = [
     "rows_of",
 ]
 
-Record = IntWeight | GGUFBlocks | Sparse24 | SparseBitmask | LowRank
-KINDS: dict[str, type] = {cls.kind: cls for cls in (IntWeight, GGUFBlocks, Sparse24, SparseBitmask, LowRank)}
+Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | LowRank
+KINDS: dict[str, type] = {
+    cls.kind: cls for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, LowRank)
+}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
 
 
@@ -89,11 +96,10 @@ def from_parts(kind: str, parts: dict[str, np.ndarray], meta: dict, *, _depth: i
     cls = KINDS[kind]
     values = {}
     for field in fields(cls):
-        optional = field.name == "zero_point"
         if field.name not in cls.stored:
             values[field.name] = _plain(kind, meta, field.name, field.type)
         else:
-            values[field.name] = _stored(kind, parts, meta, field.name, optional, _depth)
+            values[field.name] = _stored(kind, parts, meta, field.name, field.name in cls.optional, _depth)
     known = set(values) | {name for name in parts if name.split(".")[0] in cls.stored and "." in name}
     if extra := sorted(map(str, (set(parts) | set(meta)) - known)):
         raise FormatError(f"{kind}: unexpected {', '.join(extra)}; expected {', '.join(values)}")

@@ -1,4 +1,4 @@
-"""A Hugging Face folder is opened without reading weights; quantised checkpoints are not taken for plain ones."""
+"""A Hugging Face folder is opened without reading weights; how it is quantised is found wherever it is written."""
 
 import json
 
@@ -30,16 +30,43 @@ def test_a_folder_without_config_is_no_model(folder):
         open_hf(folder)
 
 
+GPTQ = {"bits": 4, "group_size": 128}
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("files", "found", "place"),
     [
-        ("config.json", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
-        ("config.json", {"quantization_config": 3}, "3"),
-        ("quantize_config.json", {"bits": 4, "group_size": 128}, "'bits': 4"),
-        ("quantization_config.json", {"quant_method": "gptq"}, "'gptq'"),
+        ({"config.json": {"quantization_config": {"quant_method": "awq"}}}, {"quant_method": "awq"}, "config.json"),
+        ({"config.json": {"quantization_config": 3}}, 3, "config.json"),
+        ({"quantize_config.json": GPTQ}, GPTQ | {"quant_method": "gptq"}, "quantize_config.json"),
+        ({"quantization_config.json": {"quant_method": "fp8"}}, {"quant_method": "fp8"}, "quantization_config.json"),
+        (
+            {"config.json": {"quantization_config": GPTQ}, "quantize_config.json": GPTQ | {"damp": 1}},
+            GPTQ,
+            "config.json",
+        ),
     ],
 )
-def test_quantised_checkpoints_are_named(folder, name, content, message):
-    (folder / name).write_text(json.dumps(content))
-    with pytest.raises(FormatError, match=f"{name}: quantised checkpoint.*{message}"):
+def test_where_a_quantisation_is_described(folder, files, found, place):
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    opened = open_hf(folder)
+    assert (opened.quantization, opened.quantization_path) == (found, folder / place)
+
+
+def test_a_plain_folder_has_no_quantisation(folder):
+    assert open_hf(folder).quantization is None
+
+
+@pytest.mark.parametrize("key", ["bits", "group_size"])
+def test_two_descriptions_that_contradict_each_other(folder, key):
+    (folder / "config.json").write_text(json.dumps({"quantization_config": GPTQ}))
+    (folder / "quantize_config.json").write_text(json.dumps(GPTQ | {key: 8}))
+    with pytest.raises(FormatError, match=rf"quantize_config\.json: {key} differs"):
+        open_hf(folder)
+
+
+def test_the_key_of_old_compressed_tensors(folder):
+    (folder / "config.json").write_text('{"compression_config": {}}')
+    with pytest.raises(FormatError, match="compression_config"):
         open_hf(folder)

@@ -10,10 +10,13 @@ from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.formats.errors import FormatError
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m, keep_top
+from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.records import (
+    CodeWeight,
     GGUFBlocks,
     IntWeight,
     LowRank,
+    Reordered,
     Sparse24,
     SparseBitmask,
     as_float,
@@ -40,6 +43,14 @@ def one_of_each():
         "int asym": int_weight(W, AffineGrid(4, 32)),
         "int tensor": int_weight(W, AffineGrid(3, 0, "float32")),
         "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
+        "codes": fp8_blocks(W, (4, 16)),
+        "codes in flat blocks": blockwise(W, block=24),
+        "codes with nested scales": blockwise(W, "FP4_BNB", 16, double_quant=True),
+        "codes with divided scales": nvfp4(W),
+        "codes of a table of its own": CodeWeight.pack(
+            np.arange(192, dtype=np.uint8).reshape(6, 32) % 16, None, "OWN", (1, 32), values=W[0, :16].copy()
+        ),
+        "reordered int": Reordered(int_weight(W, AffineGrid(4, 8)), np.arange(32, dtype=np.int32)[::-1].copy()),
         "sparse24": sparse,
         "sparse24 of int": Sparse24(int_weight(sparse.values.astype(np.float32), grid), sparse.indices, 32),
         "bitmask": SparseBitmask.compress(W, keep_top(np.abs(W), 0.7), "float32"),
@@ -71,12 +82,17 @@ def test_parts_and_back(name):
     assert np.array_equal(record.rows(slice(1, 4)), dense[1:4])
 
 
+def optional_parts(record):
+    nested = [(name, inner) for name in record.stored if is_record(inner := getattr(record, name))]
+    return {*record.optional} | {f"{name}.{key}" for name, inner in nested for key in optional_parts(inner)}
+
+
 @pytest.mark.parametrize("name", one_of_each())
 def test_missing_and_extra_parts_and_fields(name):
     record = one_of_each()[name]
     for key in parts(record):
-        if key == "zero_point":
-            continue  # without it the weight is symmetric
+        if key in optional_parts(record):
+            continue  # without it the weight is another one: symmetric, say
         with pytest.raises(FormatError, match=key.split(".")[-1]):
             from_parts(record.kind, {k: v for k, v in parts(record).items() if k != key}, meta(record))
     for key in meta(record):
@@ -174,7 +190,7 @@ NAN16 = np.full((6, 2), np.nan, np.float16)
         (lambda: replaced(E["gguf"], type_name="Q9_9"), "unknown GGUF block type 'Q9_9'"),
         (lambda: replaced(E["gguf"], type_name="np"), "unknown GGUF block type"),
         (lambda: replaced(E["gguf"], columns=33), "multiple of 32 columns, got 33"),
-        (lambda: replaced(E["gguf"], data=np.full((6, 18), 0x7F, np.uint8)), "Q4_0 scale is NaN"),
+        (lambda: replaced(E["gguf"], data=np.full((6, 18), 0x7F, np.uint8)), "Q4_0 block decodes to NaN"),
         (lambda: replaced(E["sparse24"], indices=np.zeros((6, 4), np.uint8)), "two different columns"),
         (lambda: replaced(E["sparse24"], columns=30), "multiple of 4 columns"),
         (lambda: replaced(E["sparse24"], columns=28), "values must be"),
