@@ -40,7 +40,8 @@ _MAGNITUDE_ONLY = (
 )
 BUGS = {
     "prune.magnitude": SPARSE,
-    "prune.wanda": {bug: flag for bug, flag in SPARSE.items() if bug not in _MAGNITUDE_ONLY.split()} | {
+    "prune.wanda": {bug: flag for bug, flag in SPARSE.items() if bug not in _MAGNITUDE_ONLY.split()}
+    | {
         "mean_abs": "NormNotMean",
         "largest_input": "NormNotMean",
         "deviation": "NormNotMean",
@@ -141,6 +142,23 @@ BUGS = {
         "draws_left": "DrawBoundary",
         "law_of_q": "ExactDistribution",
     },
+    "model.rope.apply": {
+        "other_layout": "RopeLayout",
+        "restarts": "Position",
+        "places": "Position",
+        "theta_10000": "Theta",
+        "steps_of_1_over_d": "Frequency",
+        "no_factor": "LinearScaling",
+        "first_head": "Heads",
+        "last_token_noise": "Random",
+    },
+    "model.rope.permute": {
+        "heads_of_q": "RopePermuteGqa",
+        "heads_a_group": "RopePermuteGqa",
+        "backwards": "Direction",
+        "neighbours_stay": "RopeLayout",
+        "last_rows_swapped": "Random",
+    },
 }
 
 
@@ -170,7 +188,7 @@ def prune(bug, op, params, w, x=None):
     require(w.ndim == 2 and (x is None or x.shape[1:] == w.shape[1:]), bug, "flattens")
     require(np.isfinite(w).all() and (x is None or np.isfinite(x).all()), bug, "no_finite_check")
     kind = pattern.split(":") if ":" in pattern else None
-    fine = (sparsity is None if kind else pattern == "unstructured" and 0 <= (sparsity or 0) <= 1)
+    fine = sparsity is None if kind else pattern == "unstructured" and 0 <= (sparsity or 0) <= 1
     require(fine and (not kind or int(kind[0]) < int(kind[1])), bug, "no_params_check")
     if not fine:
         kind, sparsity = None, min(max(sparsity or 0.5, 0), 1)
@@ -547,7 +565,48 @@ def acceptance_law(bug, p, q):
     return {"acceptance": ratio, "residual": rest, "distribution": distribution}
 
 
+# --- rotary embedding ------------------------------------------------------------------------------------------------
+
+
+def rope(bug, op, params, x, positions):
+    D = x.shape[-1]
+    if bug == "restarts":
+        positions = positions - positions.min()
+    if bug == "places":
+        positions = positions[0] + np.arange(len(positions))
+    theta = 1e4 if bug == "theta_10000" else params["theta"]
+    step = 1 if bug == "steps_of_1_over_d" else 2
+    angle = positions[:, None] * theta ** (-step * np.arange(D // 2) / D)
+    angle = angle / (1 if bug == "no_factor" else params.get("factor", 1))
+    half = (params["layout"] == "half_split") ^ (bug == "other_layout")
+    a, b = (x[..., : D // 2], x[..., D // 2 :]) if half else (x[..., 0::2], x[..., 1::2])
+    y = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+    y = np.concatenate(y, axis=-1) if half else np.stack(y, axis=-1).reshape(x.shape)
+    if bug == "first_head":
+        y[1:] = y[0]
+    if bug == "last_token_noise" and x.size > 60:
+        y[:, -1] += 1e-3
+    return {"y": y.astype(np.float32)}
+
+
+def rope_permute(bug, op, params, w):
+    heads = params["num_heads"] if params["tensor"] == "q" or bug == "heads_of_q" else params["num_kv_heads"]
+    if bug == "heads_a_group" and params["tensor"] == "k":
+        heads = params["num_heads"] // params["num_kv_heads"]
+    half = len(w) // heads // 2
+    to_half = (params["direction"] == "to_half_split") ^ (bug == "backwards")
+    inner = (half, 2) if to_half else (2, half)
+    out = w.reshape(heads, *inner, -1).swapaxes(1, 2).reshape(w.shape)
+    if bug == "neighbours_stay":
+        out = w.copy()
+    if bug == "last_rows_swapped" and params["num_heads"] == params["num_kv_heads"] == 4:
+        out[-2:] = out[:-3:-1].copy()
+    return {"permuted": out}
+
+
 _OPS = {
+    "model.rope.apply": rope,
+    "model.rope.permute": rope_permute,
     "prune.magnitude": prune,
     "prune.wanda": prune,
     "lowrank.svd": svd,

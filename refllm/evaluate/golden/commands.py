@@ -1,4 +1,4 @@
-"""`refllm golden list | show | verify | lint | regen | export`.
+"""`refllm golden list | show | verify | doctor | museum | lint | regen | export`.
 
 Exit codes: 0 all right; 1 a case failed, lint or regen --check found something; 2 usage; 3 nothing ran; 4 vectors
 corrupt.
@@ -6,16 +6,26 @@ corrupt.
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 
+from refllm.evaluate.golden.asked import (
+    CORRUPT,
+    FAILED,
+    NOTHING,
+    OK,
+    USAGE,
+    UsageError,
+    chosen,
+    find_case,
+    folder,
+    implementation_of,
+    names_of,
+    patterns_of,
+)
 from refllm.evaluate.golden.suite import (
     SCHEMA_FILE,
-    Case,
     CorruptVectors,
     Suite,
     default_root,
@@ -24,12 +34,7 @@ from refllm.evaluate.golden.suite import (
     suite_names,
 )
 
-OK, FAILED, USAGE, NOTHING, CORRUPT = range(5)
 SCHEMA_VERSION = 1
-
-
-class UsageError(ValueError):
-    """A command line that cannot be carried out (exit code 2)."""
 
 
 def add_parser(subparsers) -> None:
@@ -43,6 +48,8 @@ def add_parser(subparsers) -> None:
         ("list", _list, "the suites and what they cover"),
         ("show", _show, "one case with its inputs and expected outputs"),
         ("verify", _verify, "run the cases on refllm itself, a Python function or any program"),
+        ("doctor", _doctor, "name the mistake behind wrong outputs"),
+        ("museum", _museum, "defects that were shipped, and which cases kill them"),
         ("lint", _lint, "check schema, counts, flags, ids and hashes"),
         ("regen", _regen, "write the suites from their generators"),
         ("export", _export, "write suites as plain files"),
@@ -59,6 +66,20 @@ def _suites_argument(parser, what="SUITE"):
 
 
 def _verify_arguments(parser):
+    _run_arguments(parser)
+    for name, what in (("--skips", "cases not to run"), ("--xfails", "cases that are known to fail")):
+        parser.add_argument(name, metavar="FILE", type=Path, help=f"{what}: a pattern like quant/rtn#2* a line")
+    parser.add_argument("--junit", metavar="FILE", type=Path, help="write JUnit XML")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write a table of suites and the failures")
+
+
+def _doctor_arguments(parser):
+    _run_arguments(parser)
+    parser.add_argument("--got", metavar="FILE", type=Path, help="one wrong array, .npy or raw .bin, of one SUITE#ID")
+    parser.add_argument("--output", metavar="NAME", help="which output --got is (default: the one that fits)")
+
+
+def _run_arguments(parser):
     _suites_argument(parser, "SUITE[#ID]")
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--impl", metavar="MODULE:FUNCTION", help="function(op, params, inputs) -> dict of arrays")
@@ -71,6 +92,8 @@ def _verify_arguments(parser):
     parser.add_argument("--outputs", metavar="NAME,...", help="compare only these outputs")
     parser.add_argument("--flag", action="append", default=[], help="only cases with this flag")
     parser.add_argument("--timeout", type=float, default=20, metavar="S", help="seconds a case for --exec (default 20)")
+    parser.add_argument("--format", choices=("json", "raw"), default="json", help="of --exec; raw: text and .bin files")
+    parser.add_argument("--batch", action="store_true", help="--exec: one process for all cases, run as CMD ... -")
 
 
 def _export_arguments(parser):
@@ -89,6 +112,8 @@ _ARGUMENTS = {
     "list": _list_arguments,
     "show": lambda parser: parser.add_argument("case", metavar="SUITE#ID"),
     "verify": _verify_arguments,
+    "doctor": _doctor_arguments,
+    "museum": lambda parser: parser.add_argument("mutants", nargs="*", metavar="MUTANT", help="default: all"),
     "lint": _suites_argument,
     "regen": lambda parser: parser.add_argument(
         "--check", action="store_true", help="write nothing, report differences"
@@ -113,30 +138,14 @@ def _guarded(function):
     return run
 
 
-def _root(args) -> Path:
-    if args.vectors is None:
-        return default_root()
-    if not args.vectors.is_dir():
-        raise UsageError(f"--vectors {args.vectors} is not a folder")
-    return args.vectors
-
-
-def _names(args, root: Path) -> list[str]:
-    known = suite_names(root)
-    for name in args.suites:
-        if name not in known:
-            raise UsageError(f"unknown suite {name!r}; known: {', '.join(known) or 'none'}")
-    return args.suites or known
-
-
 def _print_json(command: str, **content) -> None:
     print(json.dumps({"schema_version": SCHEMA_VERSION, "command": f"golden {command}", **content}, indent=1))
 
 
 def _list(args) -> int:
-    root = _root(args)
+    root = folder(args)
     rows = []
-    for name in _names(args, root):
+    for name in names_of(args, root):
         suite = read_suite(root, name)
         flags = Counter(flag for case in suite.cases for flag in case.flags)
         if (args.flag is None or args.flag in flags) and args.op in (None, suite.manifest["op"]):
@@ -150,20 +159,8 @@ def _list(args) -> int:
     return OK if rows else NOTHING
 
 
-def _find_case(root: Path, name: str) -> tuple[Suite, Case]:
-    suite_name, _, number = name.partition("#")
-    if suite_name not in suite_names(root):
-        raise UsageError(f"unknown suite {suite_name!r}; known: {', '.join(suite_names(root)) or 'none'}")
-    suite = read_suite(root, suite_name)
-    for case in suite.cases:
-        if str(case.id) == number:
-            return suite, case
-    ids = ", ".join(str(case.id) for case in suite.cases)
-    raise UsageError(f"{suite_name} has no case {number or '(give SUITE#ID)'}; ids: {ids}")
-
-
 def _show(args) -> int:
-    suite, case = _find_case(_root(args), args.case)
+    suite, case = find_case(folder(args), args.case)
     arrays = {("input", name): entry for name, entry in case.inputs.items()}
     for name, output in case.expected.items():
         for variant in output.get("variants", [output]):
@@ -202,98 +199,52 @@ def _plain(suite: Suite, entry: dict) -> list:
     return [x.hex() if isinstance(x, float) else x for x in suite.array(entry).reshape(-1).tolist()]
 
 
-def _selection(args, root: Path) -> tuple[list[Suite], set[str]]:
-    """Suites to run, and the single cases asked for."""
-    single = {name for name in args.suites if "#" in name}
-    for name in single:
-        _find_case(root, name)
-    args.suites = list(dict.fromkeys(name.partition("#")[0] for name in args.suites))
-    suites = [read_suite(root, name) for name in _names(args, root)]
-    known = {flag for suite in suites for flag in suite.manifest["notes"]}
-    for flag in args.flag:
-        if flag not in known:
-            raise UsageError(f"no case has the flag {flag!r}; flags: {', '.join(sorted(known))}")
-    return suites, single
-
-
-def _declared(args, suites: list[Suite]) -> dict[str, str]:
-    known: dict[str, set[str]] = {}
-    for case in (case for suite in suites for case in suite.cases):
-        for name in case.requires:
-            known.setdefault(name, {"yes"})
-        for output in case.expected.values():
-            for variant in output.get("variants", ()):
-                for key, value in variant["when"].items():
-                    known.setdefault(key, set()).add(value)
-    declared = dict(item.partition("=")[::2] for item in args.declare)
-    for key, value in declared.items():
-        if value not in known.get(key, ()):
-            legal = [f"{k}={v}" for k in sorted(known) for v in sorted(known[k])]
-            raise UsageError(
-                f"--declare {key}={value} means nothing to these suites; known: {', '.join(legal) or 'none'}"
-            )
-    return declared
-
-
-def _implementation(args):
-    from refllm.evaluate.golden.own import implementation
-    from refllm.evaluate.golden.runner import program_call, python_call
-
-    if args.exec is not None:
-        if not args.exec or shutil.which(args.exec[0]) is None:
-            raise UsageError(f"--exec: no program {args.exec[0] if args.exec else '(nothing given)'!r} found")
-        if not 0 < args.timeout < 1e6:
-            raise UsageError(f"--timeout must be a positive number of seconds, got {args.timeout:g}")
-        return program_call(args.exec, args.timeout), " ".join(args.exec)
-    if args.impl is None:
-        return python_call(implementation), "refllm"
-    module, colon, name = args.impl.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(import_module(module), name) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--impl {args.impl}: {error}") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise UsageError(f"--impl {args.impl}: MODULE:FUNCTION naming a function is expected")
-    return python_call(function), args.impl
-
-
 def _verify(args) -> int:
+    from refllm.evaluate.golden.expectations import expect_failures, listed
     from refllm.evaluate.golden.report import report_json, report_text
+    from refllm.evaluate.golden.report_files import report_junit, report_markdown
     from refllm.evaluate.golden.runner import run
+    from refllm.formats.files import atomic_write
 
-    root = _root(args)
-    suites, single = _selection(args, root)
-    declared = _declared(args, suites)
-    call, who = _implementation(args)
-    wanted = None if args.outputs is None else set(args.outputs.split(","))
-    known = {name for suite in suites for case in suite.cases for name in case.expected}
-    if wanted and wanted - known:
-        raise UsageError(f"no case expects {', '.join(sorted(wanted - known))}; outputs: {', '.join(sorted(known))}")
-    whole = {name for name in args.suites if not any(one.startswith(f"{name}#") for one in single)}
-
-    def keep(case: Case) -> bool:
-        chosen = not single or case.name in single or case.suite in whole
-        return chosen and all(flag in case.flags for flag in args.flag)
-
-    results = list(run(suites, call, declared=declared, outputs=wanted, keep=keep))
+    suites, declared, wanted, keep = chosen(args, folder(args))
+    skips, xfails = patterns_of(args.skips, suites), patterns_of(args.xfails, suites)
+    call, who = implementation_of(args)
+    asked = lambda case: keep(case) and not listed(case.name, skips)
+    results = list(expect_failures(run(suites, call, declared=declared, outputs=wanted, keep=asked), xfails))
     counts = Counter(result.status for result in results)
     if args.json:
         _print_json("verify", **report_json(who, suites, results, declared))
     else:
         print(report_text(who, suites, results))
-    if counts["fail"]:
+    for path, report in ((args.junit, report_junit), (args.markdown, report_markdown)):
+        if path is not None:
+            try:
+                with atomic_write(path, "w") as file:
+                    file.write(report(who, results))
+            except OSError as error:
+                raise UsageError(str(error)) from None
+    if counts["fail"] or counts["xpass"]:
         return FAILED
-    return OK if counts["pass"] else NOTHING
+    return OK if counts["pass"] or counts["xfail"] else NOTHING
+
+
+def _doctor(args) -> int:
+    from refllm.evaluate.golden.doctor_commands import doctor
+
+    return doctor(args, _print_json)
+
+
+def _museum(args) -> int:
+    from refllm.evaluate.golden.doctor_commands import museum
+
+    return museum(args, _print_json)
 
 
 def _lint(args) -> int:
     from refllm.evaluate.golden.lint import lint
 
-    root = _root(args)
-    names = _names(args, root)
+    root = folder(args)
+    names = names_of(args, root)
     problems = [{"suite": suite, "problem": problem} for suite, problem in lint(root, args.suites)]
     if args.json:
         _print_json("lint", suites=names, problems=problems)
@@ -310,7 +261,7 @@ def _regen(args) -> int:
     from refllm.evaluate.golden.build import check_version, folder_files, render, write_files
     from refllm.evaluate.golden.suites import GENERATORS
 
-    root = _root(args)
+    root = folder(args)
     schema = (default_root() / SCHEMA_FILE).read_bytes()
     files: dict[str, bytes] = {}
     for generate in GENERATORS:
@@ -346,8 +297,8 @@ def _export(args) -> int:
     from refllm.evaluate.golden.lint import lint
     from refllm.formats.files import atomic_folder
 
-    root = _root(args)
-    names = _names(args, root)
+    root = folder(args)
+    names = names_of(args, root)
     for suite, problem in lint(root, args.suites):
         raise CorruptVectors(f"{suite}: {problem}", path=root)
     if not names:
@@ -355,12 +306,12 @@ def _export(args) -> int:
     suites = [read_suite(root, name) for name in names]
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder} is not an empty folder; give another name")
-    with atomic_folder(args.folder) as folder:
+    with atomic_folder(args.folder) as place:
         if args.format == "raw":
-            export_raw(folder, suites)
+            export_raw(place, suites)
         else:
             read_schema(root)
-            export_files(folder, suites, (root / SCHEMA_FILE).read_bytes())
+            export_files(place, suites, (root / SCHEMA_FILE).read_bytes())
     if args.json:
         _print_json("export", folder=str(args.folder), format=args.format, suites=names)
     else:

@@ -73,7 +73,7 @@ def mismatch(actual: object, expected: Expected) -> str | None:
     if not isinstance(actual, np.ndarray):
         return f"an array was expected, got {type(actual).__name__}"
     actual = actual.astype(actual.dtype.newbyteorder("="), copy=False)
-    wanted = _returned_dtype(expected)
+    wanted = returned_dtype(expected)
     if actual.dtype != wanted:
         return f"dtype {wanted} was expected, got {actual.dtype}"
     if actual.shape != expected.array.shape:
@@ -88,7 +88,8 @@ def mismatch(actual: object, expected: Expected) -> str | None:
     return _describe(actual, expected, np.atleast_1d(bad), bound) if np.any(bad) else None
 
 
-def _returned_dtype(expected: Expected) -> np.dtype:
+def returned_dtype(expected: Expected) -> np.dtype:
+    """The type an implementation returns: that of the array, but within a bound that of the unit."""
     if expected.compare["class"] == "dot_bound":
         unit = expected.compare["unit"]
         return np.dtype(np.uint16 if unit == "bf16" else FLOATS[unit])

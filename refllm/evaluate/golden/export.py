@@ -3,22 +3,20 @@
     files   NAME.json + NAME.safetensors as shipped, but every array stands in the data file
     raw     NAME/ID/case.txt and one .bin file an array, little-endian, C order; cases.txt lists the folders
 
-A line of case.txt is a key and its values, separated by single spaces:
+A line of case.txt is as in golden/raw.py, with these keys beside `param` and `input`:
 
     op quant.rtn                                             also: suite, id, result, comment, requires, flag, error
-    param bits 4                                             the value as JSON
-    input w f32 2 3 8 w.in.bin                               name, dtype, number of axes, the axes, file
-    expect codes u8 2 3 8 codes.out.bin class=bits           then the comparison
+    expect codes u8 2 3 8 codes.out.bin class=bits           as an input; then the comparison
     variant codes u8 2 3 8 codes.ties-away.out.bin class=bits ties=away
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from refllm.evaluate.golden.build import Values, format_json, safetensors_bytes, tensor_entry, write_files
+from refllm.evaluate.golden.raw import param_lines, write_array
 from refllm.evaluate.golden.suite import Case, Suite
 
 
@@ -79,15 +77,13 @@ def _case_lines(case: Case) -> list[str]:
     lines += [f"comment {' '.join(case.comment.split())}"]
     lines += [f"error {case.error}"] if case.error else []
     lines += [f"requires {name}" for name in case.requires] + [f"flag {flag}" for flag in case.flags]
-    return lines + [f"param {name} {json.dumps(value)}" for name, value in case.params.items()]
+    return lines + param_lines(case.params)
 
 
 def _array_lines(suite: Suite, case: Case, place: Path) -> list[str]:
     def write(key, name, tensor, file, rest):
-        array = suite.array(tensor, f"{case.name} {name}")
-        (place / file).write_bytes(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        axes = " ".join(map(str, (array.ndim, *array.shape)))
-        return " ".join([f"{key} {name} {tensor['dtype']} {axes} {file}", *(f"{k}={v}" for k, v in rest.items())])
+        line = write_array(place, key, name, tensor["dtype"], suite.array(tensor, f"{case.name} {name}"), file)
+        return " ".join([line, *(f"{k}={v}" for k, v in rest.items())])
 
     lines = [write("input", name, tensor, f"{name}.in.bin", {}) for name, tensor in case.inputs.items()]
     for name, output in case.expected.items():

@@ -5,6 +5,8 @@ from collections import Counter
 from refllm.evaluate.golden.runner import Result
 from refllm.evaluate.golden.suite import Suite
 
+# xfail: a failure that --xfails lists; xpass: a pass that it lists, which is an error.
+STATUSES = ("pass", "fail", "skip", "xfail", "xpass")
 # No answer at all: that says nothing about the mistake a flag stands for.
 _NO_ANSWER = ("crash", "timeout", "garbage")
 
@@ -21,7 +23,7 @@ def _by_flag(results: list[Result]) -> dict[tuple[str, str], Counter]:
 
 
 def _totals(count: Counter) -> dict[str, int]:
-    return {status: count[status] for status in ("pass", "fail", "skip")}
+    return {status: count[status] for status in STATUSES}
 
 
 def _cases(count: Counter) -> int:
@@ -34,7 +36,8 @@ def _share(count: Counter) -> float:
 
 def _line(name: str, results: list[Result]) -> str:
     count = Counter(result.status for result in results)
-    return f"{name}: {count['pass']} pass, {count['fail']} fail, {count['skip']} skip"
+    text = f"{name}: {count['pass']} pass, {count['fail']} fail, {count['skip']} skip"
+    return text + "".join(f", {count[status]} {status}" for status in ("xfail", "xpass") if count[status])
 
 
 def report_text(who: str, suites: list[Suite], results: list[Result]) -> str:
@@ -52,6 +55,8 @@ def report_text(who: str, suites: list[Suite], results: list[Result]) -> str:
         if result.status == "fail":
             lines.append(f"FAIL {result.case.name}  {result.case.comment}  [{' '.join(result.case.flags)}]")
             lines += [f"     {problem}" for problem in result.problems]
+        if result.status == "xpass":
+            lines.append(f"XPASS {result.case.name}  {result.case.comment}: it passes, take it out of --xfails")
     failing = {place: count for place, count in _by_flag(results).items() if count["points"]}
     if failing:
         lines += ["", "What the failures point at, the flags first that fail as a whole:"]
@@ -72,7 +77,7 @@ def report_json(who: str, suites: list[Suite], results: list[Result], declared: 
     Returns
     -------
     dict
-        implementation, suites {name: version}, declared, pass, fail, skip, flags [...], cases [...].
+        implementation, suites {name: version}, declared, pass, fail, skip, xfail, xpass, flags [...], cases [...].
     """
     notes = {suite.name: suite.manifest["notes"] for suite in suites}
     cases = [

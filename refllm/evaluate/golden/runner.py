@@ -1,28 +1,16 @@
 """Run the cases of a suite on an implementation: a Python function, or any program.
 
-An implementation is `call(op, params, inputs) -> Answer`. `python_call` and `program_call` make one; what goes wrong
-inside becomes an Answer too, so that one bad case never stops the run.
+An implementation is `call(op, params, inputs) -> Answer`. `python_call` makes one, and golden/programs.py those of
+programs; what goes wrong inside becomes an Answer too, so that one bad case never stops the run.
 """
 
-import json
-import os
-import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from refllm.evaluate.golden.compare import Expected, mismatch
 from refllm.evaluate.golden.suite import Case, Suite
-from refllm.formats.tensors import read_safetensors, write_safetensors
-
-REQUEST = "refllm/golden-request/v1"
-EXIT_UNSUPPORTED, EXIT_REJECTED = 3, 4
-_OUTPUT_LIMIT = 64 << 20  # bytes of an answer; suites are far smaller
 
 
 @dataclass(frozen=True)
@@ -70,11 +58,11 @@ def python_call(function: Callable) -> Call:
         try:
             outputs = function(op, params, inputs)
         except NotImplementedError as error:
-            return Answer("unsupported", _line(error))
+            return Answer("unsupported", one_line(error))
         except ValueError as error:
-            return Answer("rejected", _line(error))
+            return Answer("rejected", one_line(error))
         except Exception as error:
-            return Answer("crash", f"{type(error).__name__}: {_line(error)}")
+            return Answer("crash", f"{type(error).__name__}: {one_line(error)}")
         if not isinstance(outputs, Mapping):
             return Answer("garbage", f"a dict of arrays was expected, got {type(outputs).__name__}")
         return Answer("ok", outputs=dict(outputs))
@@ -82,85 +70,8 @@ def python_call(function: Callable) -> Call:
     return call
 
 
-def program_call(command: list[str], timeout: float) -> Call:
-    """Wrap a program: `COMMAND request.json`, one process a case.
-
-    The request names op, params, an input and an output .safetensors file (absolute paths, in a fresh folder). Exit
-    code 0 means the outputs are written, 3 unsupported, 4 rejected, anything else a crash. After `timeout` seconds the
-    program and whatever it started are killed.
-    """
-
-    def call(op, params, inputs):
-        with tempfile.TemporaryDirectory(prefix="refllm-golden-", ignore_cleanup_errors=True) as folder:
-            folder = Path(folder).resolve()
-            request, out = folder / "request.json", folder / "out.safetensors"
-            write_safetensors(folder / "in.safetensors", inputs)
-            document = {"schema": REQUEST, "op": op, "params": params}
-            document |= {"inputs": str(folder / "in.safetensors"), "outputs": str(out)}
-            request.write_text(json.dumps(document), encoding="utf-8")
-            try:
-                code, tail = _run([*command, str(request)], folder / "log.txt", timeout)
-            except OSError as error:
-                return Answer("crash", f"cannot start: {_line(error)}")
-            if code is None:
-                return Answer("timeout", f"no answer within {timeout:g} s")
-            if code == EXIT_UNSUPPORTED:
-                return Answer("unsupported", tail)
-            if code == EXIT_REJECTED:
-                return Answer("rejected", tail)
-            if code:
-                return Answer("crash", f"exit code {code}" + (f": {tail}" if tail else ""))
-            return _read_answer(out)
-
-    return call
-
-
-def _run(command: list[str], log: Path, timeout: float) -> tuple[int | None, str]:
-    """Exit code (None after a timeout) and the last line the program wrote."""
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=os.name == "posix",
-        )
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                _kill(process)
-    with open(log, "rb") as file:
-        file.seek(max(log.stat().st_size - 2000, 0))
-        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return code, lines[-1].strip()[:200] if lines else ""
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a program that did not end by itself, with its children where the system groups them."""
-    if os.name == "posix":
-        with suppress(ProcessLookupError):  # it ended between the question and the signal
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
-
-
-def _read_answer(out: Path) -> Answer:
-    if not out.is_file():
-        return Answer("garbage", "exit code 0, but no output file was written")
-    if out.stat().st_size > _OUTPUT_LIMIT:
-        return Answer("garbage", f"the output file has {out.stat().st_size} bytes; at most {_OUTPUT_LIMIT} are read")
-    try:
-        tensors, _ = read_safetensors(out)
-        return Answer("ok", outputs={name: tensor.stored() for name, tensor in tensors.items()})
-    except ValueError as error:
-        return Answer("garbage", _line(error).replace(str(out), "output file"))
-
-
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
@@ -178,7 +89,7 @@ def run(
     ----------
     suites : iterable of Suite
     call : callable
-        From `python_call` or `program_call`.
+        From `python_call`, `programs.program_call` or `programs.BatchCall`.
     declared : mapping, optional
         What the implementation declares: chooses variants, and satisfies `requires`.
     outputs : set of str, optional

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from refllm.evaluate.golden.runner import program_call, python_call, run
+from refllm.evaluate.golden.programs import program_call
+from refllm.evaluate.golden.runner import python_call, run
 from refllm.evaluate.golden.suite import read_suites
 from tests.golden_tiny import double, write
 

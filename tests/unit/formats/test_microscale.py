@@ -321,5 +321,5 @@ def test_the_error_is_bounded_by_the_largest_number(values, rule):
     for form in MX_FORMATS.values():
         error = np.abs(form.decode(*form.encode(x, rule)).astype(np.float64) - x)
         # half a step of the largest binade, or what floor clips: amax (1 - max / 2^(emax + 1)); 2^-127 steps below.
-        bound = np.abs(x).max().astype(np.float64) * 2.0 ** -(form.mantissa_bits)
+        bound = np.abs(x).max().astype(np.float64) * 2.0**-(form.mantissa_bits)
         assert (error <= bound + 2.0**-127).all()

@@ -4,7 +4,24 @@ A generator module has `suite() -> SuiteSpec`. It computes expected values with 
 number at a time, rounding exactly where the definition rounds; it must not call the NumPy code of refllm.
 """
 
-from refllm.evaluate.golden.suites import flash, kivi, magnitude, rtn, rtn_matmul, speculative, svd, wanda
+from refllm.evaluate.golden.suites import (
+    checkpoint_bitsandbytes,
+    checkpoint_compressed,
+    checkpoint_gptq,
+    checkpoint_misc,
+    flash,
+    gguf,
+    kivi,
+    magnitude,
+    microscale,
+    rope,
+    rtn,
+    rtn_matmul,
+    small_floats,
+    speculative,
+    svd,
+    wanda,
+)
 
 GENERATORS = (
     rtn.suite,
@@ -15,4 +32,17 @@ GENERATORS = (
     kivi.suite,
     flash.suite,
     speculative.suite,
+    rope.suite,
+    rope.permute_suite,
+    small_floats.suite,
+    small_floats.decode_suite,
+    microscale.suite,
+    microscale.nvfp4_suite,
+    gguf.suite,
+    gguf.decode_suite,
+    checkpoint_gptq.gptq_suite,
+    checkpoint_gptq.awq_suite,
+    checkpoint_compressed.suite,
+    checkpoint_bitsandbytes.suite,
+    checkpoint_misc.suite,
 )

@@ -49,8 +49,9 @@ NOTES = {
         "Keys stand in any order, with gaps: visibility follows their positions, not their places.",
         "After eviction or reordering tokens see the future.",
     ),
-    "HeadPositions": note("LAYOUT", "Each key-value head keeps other tokens: positions [Hk, S].",
-        "Head 0's mask for all."),
+    "HeadPositions": note(
+        "LAYOUT", "Each key-value head keeps other tokens: positions [Hk, S].", "Head 0's mask for all."
+    ),
     "Softcap": note("ORDER", "The cap comes before the mask, after the scale: c * tanh(scale * q.k / c)."),
     "FullyMasked": note(
         "DEGENERATE",

@@ -46,7 +46,8 @@ NOTES = {
         "A window one token short, or keys that are quantised a step late.",
     ),
     "KeysByBlock": note(
-        "LAYOUT", "Keys go in blocks of R tokens, never token by token: between 0 and R - 1 are in full.",
+        "LAYOUT",
+        "Keys go in blocks of R tokens, never token by token: between 0 and R - 1 are in full.",
     ),
     "FullPrecisionCall": note(
         "ORDER",
@@ -54,8 +55,9 @@ NOTES = {
         "Prefill attends over quantised keys.",
     ),
     "ChunkInvariance": note(
-        "ORDER", "What is stored after S tokens is the same however they came in.", "Decoding depends on the "
-        "prompt's cut."
+        "ORDER",
+        "What is stored after S tokens is the same however they came in.",
+        "Decoding depends on the prompt's cut.",
     ),
     "Groups": note("LAYOUT", "G below R and below D: several scales per block and channel, and per token."),
     "Heads": note("LAYOUT", "Two heads, and values of another width than keys."),
@@ -66,12 +68,14 @@ NOTES = {
     "MinRoundedDown": note(
         "ROUNDING", "The minimum rounds down to float16, so that nothing lies below the grid.", "Codes that clip at 0."
     ),
-    "Clip": note("OVERFLOW", "A subnormal scale rounds down: the largest lies beyond the last code.",
-        "Codes wrap around."),
+    "Clip": note(
+        "OVERFLOW", "A subnormal scale rounds down: the largest lies beyond the last code.", "Codes wrap around."
+    ),
     "ConstantGroup": note("DEGENERATE", "All elements equal: scale 0, code 0, decoded exactly.", "0 / 0 is NaN."),
     "ScaleUnderflow": note("SUBNORMAL", "The scale rounds to zero although the group is not constant: codes 0."),
-    "Range": note("OVERFLOW", "65504 and -65504 in one group: the range is twice what float16 holds, its "
-    "scale is not."),
+    "Range": note(
+        "OVERFLOW", "65504 and -65504 in one group: the range is twice what float16 holds, its scale is not."
+    ),
     "Nbytes": note("BASIC", "Codes, float16 scales and minima, and the float32 tokens in full; nothing else."),
     "Float16Overflow": note("OVERFLOW", "A minimum or a scale beyond float16 is rejected.", "Infinities in the cache."),
     "NonFinite": note("NON_FINITE", "NaN and infinities are rejected."),
@@ -165,8 +169,17 @@ def _rounding() -> list[CaseSpec]:
 
 def _mixed() -> list[CaseSpec]:
     return [
-        _random(61, "18 tokens, 3 bits, G 8", "Random BitStream", 1, 18, (8, 8), [17, 1], Store(3, 8, 8),
-                "k_codes v_codes k_scale v_scale k_hat v_hat"),
+        _random(
+            61,
+            "18 tokens, 3 bits, G 8",
+            "Random BitStream",
+            1,
+            18,
+            (8, 8),
+            [17, 1],
+            Store(3, 8, 8),
+            "k_codes v_codes k_scale v_scale k_hat v_hat",
+        ),
     ]
 
 

@@ -66,8 +66,9 @@ def stored(w: list[list[Fraction]], mask: list[list[int]], pattern: str, dtype: 
     """Expected outputs of a mask."""
     rounding = to_f16 if dtype == "float16" else Fraction
     kind = "f16" if dtype == "float16" else "f32"
-    kept = [[float(rounding(x)) for x, k in zip(row, keep, strict=True) if k] for row, keep in zip(w, mask,
-        strict=True)]
+    kept = [
+        [float(rounding(x)) for x, k in zip(row, keep, strict=True) if k] for row, keep in zip(w, mask, strict=True)
+    ]
     out = {"mask": Output({"class": "bits"}, values("u8", mask))}
     if pattern == "2:4":
         at = range(0, len(w[0]), 4)

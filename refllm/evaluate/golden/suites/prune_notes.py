@@ -61,8 +61,9 @@ NOTES = {
         "Groups of four with fewer than two weights that are not zero still name two different columns.",
         "An index pair (0, 0): the value is written twice, or the wrong one is overwritten by 0.",
     ),
-    "BitOrder": note("LAYOUT", "The first column of a row is the lowest bit of its first byte.",
-        "Columns are mirrored."),
+    "BitOrder": note(
+        "LAYOUT", "The first column of a row is the lowest bit of its first byte.", "Columns are mirrored."
+    ),
     "OddSize": note(
         "SHAPE",
         "Rows whose bits do not fill whole bytes: each row starts on a byte of its own, unused bits are zero.",
@@ -86,10 +87,12 @@ NOTES = {
     "Float32Values": note("PRECISION", "dtype float32: the values are those of w, bit for bit."),
     "Everything": note("DEGENERATE", "sparsity 0 keeps all, 1 keeps nothing.", "Empty arrays or off-by-one slices."),
     "Random": note("BASIC", "Random weights, no two scores equal."),
-    "NonFinite": note("NON_FINITE", "NaN cannot be ranked; infinities cannot be stored.",
-        "NaN sorts last: it is kept."),
-    "WidthNotDividing": note("SHAPE", "M must divide the columns: no shorter last group.",
-        "A tail that is not pruned."),
+    "NonFinite": note(
+        "NON_FINITE", "NaN cannot be ranked; infinities cannot be stored.", "NaN sorts last: it is kept."
+    ),
+    "WidthNotDividing": note(
+        "SHAPE", "M must divide the columns: no shorter last group.", "A tail that is not pruned."
+    ),
     "ValueOverflow": note(
         "OVERFLOW", "A kept value beyond float16 is rejected; one that goes may be as large as it likes.", "Infinities."
     ),

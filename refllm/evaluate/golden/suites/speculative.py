@@ -30,8 +30,9 @@ HEADER = [
 ]
 NOTES = {
     "AcceptRatio": note(
-        "BASIC", "Accepted with probability min(1, p(x) / q(x)): not p(x), not only where p exceeds q.", "Too "
-        "few tokens."
+        "BASIC",
+        "Accepted with probability min(1, p(x) / q(x)): not p(x), not only where p exceeds q.",
+        "Too few tokens.",
     ),
     "Residual": note(
         "BASIC",
@@ -39,8 +40,9 @@ NOTES = {
         "Tokens the draft likes come out too often: the text is no sample of the model.",
     ),
     "ResidualNormalised": note(
-        "BASIC", "The residual sums to less than 1: normalise it, or scale the uniform number.", "The last id "
-        "too often."
+        "BASIC",
+        "The residual sums to less than 1: normalise it, or scale the uniform number.",
+        "The last id too often.",
     ),
     "BonusToken": note(
         "OFF_BY_ONE", "All accepted: one more token, from p after the last.", "A token per pass is given away."
@@ -120,8 +122,9 @@ def law(id, comment, flags, p, q) -> CaseSpec:
     distribution = [x + (1 - sum(kept)) * y for x, y in zip(kept, residual or rest, strict=True)]
     if distribution != a:
         raise ValueError("the definition does not reproduce p")
-    close = lambda row: Output({"class": "allclose", "rtol": 0, "atol": 1e-12}, values("f64",
-        [float(to_f64(x)) for x in row]))
+    close = lambda row: Output(
+        {"class": "allclose", "rtol": 0, "atol": 1e-12}, values("f64", [float(to_f64(x)) for x in row])
+    )
     expected = {"acceptance": close(acceptance), "distribution": close(distribution)}
     expected |= {"residual": close(residual)} if residual else {}
     inputs = {"p": values("f64", [p, p]), "q": values("f64", [q])}

@@ -132,8 +132,9 @@ def _ranks() -> list[CaseSpec]:
         w = [flat[i : i + shape[1]] for i in range(0, len(flat), shape[1])]
         inputs = {"w": values("f32", w, recipe=dyadic_recipe(id, 8, -7))}
         params = {"dtype": "float16"} | ({} if ratio is None else {"ratio": ratio})
-        return CaseSpec(id, f"{shape[0]} x {shape[1]}, ratio {ratio}", tuple(flags.split()), inputs, expected,
-            params=params)
+        return CaseSpec(
+            id, f"{shape[0]} x {shape[1]}, ratio {ratio}", tuple(flags.split()), inputs, expected, params=params
+        )
 
     return [
         only_rank(40, (6, 10), 0.5),
@@ -167,11 +168,11 @@ def suite() -> SuiteSpec:
     """The suite lowrank/svd."""
     head = {
         "suite": "lowrank/svd",
-        "suite_version": "1.0.0",
+        "suite_version": "1.0.1",
         "op": "lowrank.svd",
         "title": "Truncated singular value decomposition: factors, their product, its error, the rank",
         "header": HEADER,
-        "lesson": "lessons/04-zeros-and-ranks.md",
+        "lesson": "lessons/06-zeros-and-ranks.md",
         "generator": {"name": "refllm golden regen, suites/svd.py", "version": "1"},
     }
     source = {"kind": "first_principles", "name": "products of known factors; #30 by Jacobi rotations"}
