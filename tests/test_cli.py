@@ -163,7 +163,56 @@ def test_compare_prints_table_json_and_picture(run, run_json, model, text, folde
 
 def test_compare_says_what_it_leaves_out_and_fails(run, model, text):
     code, out, err = run("compare", model, "--text", text, "--max-tokens", "200", "--recipes", "none", "kivi")
-    assert code == 1 and "none" in out and err.startswith("left out: kivi: ")
+    assert code == 1 and "none" in out and err.startswith("left out: kivi: ") and err.count("\n") == 1
+
+
+BAD = {  # for the random model: linears of 32 and 48 columns, heads of 8
+    "rtn:bits=16": "bits must be 2 to 8, got 16",
+    "rtn:group=7": "group_size 7 does not divide the 32 columns",
+    "rtn:group=32": "group_size 32 does not divide the 48 columns",
+    "rtn:group=8,scale_dtype=float8": "scale_dtype must be one of",
+    "wanda:sparsity=2": "sparsity must lie between 0 and 1",
+    "wanda:pattern=2:5": "needs a multiple of 5 columns",
+    "svd:ratio=2": "ratio must lie between 0 and 1",
+    "svd:rank=17": "rank must lie between 1 and 16",
+    "wanda:pattern=2:4+rtn:group=32": "group_size 32 does not divide",
+    "kivi:bits=9": "kivi bits must be 1 to 8, got 9",
+    "kivi:group=16": "group_size 16 does not divide the key head_dim 8",
+    "flash:block_q=0": "block_q must be at least 1, got 0",
+    "speculative:gamma=0": "gamma must be at least 1, got 0",
+    "speculative:draft=layers,draft_layers=3": "draft_layers must be 1 to 2",
+    "rtn:group=8,only=nothing": "only=nothing matches no weight",
+}
+
+
+def test_compare_refuses_what_no_row_can_show_before_it_measures(run, model, text, monkeypatch):
+    from refllm.evaluate import compare as comparing
+
+    monkeypatch.setattr(comparing, "_measure", lambda *args, **options: pytest.fail("something was measured"))
+    options = ("compare", model, "--text", text, "--max-tokens", "200", "--recipes")
+    code, out, err = run(*options, *BAD)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    for recipe, reason in BAD.items():
+        code, out, err = run(*options, recipe)
+        assert (code, out) == (1, "") and err.startswith(f"refllm: error: {recipe}: ") and reason in err, err
+
+
+def test_compare_names_a_refused_recipe_before_it_measures_the_others(run, model, text, monkeypatch, capsys):
+    from refllm.evaluate import compare as comparing
+
+    def measure(*args, **options):
+        seen.append(capsys.readouterr().err)
+        raise RuntimeError("enough")
+
+    seen = []
+    monkeypatch.setattr(comparing, "_measure", measure)
+    run("compare", model, "--text", text, "--max-tokens", "200", "--recipes", "none", "rtn:bits=16")
+    assert len(seen) == 1 and seen[0].startswith("left out: rtn:bits=16: rtn cannot compress model.layers.0.")
+
+
+def test_compare_scores_no_more_than_max_tokens(run_json, text):
+    found = run_json("compare", "tiny", "--max-tokens", "64", "--recipes", "none", "--threads", "1")
+    assert (found["protocol"], found["tokens_scored"], found["window"]) == ("document", 63, 64)  # BOS is not scored
 
 
 def test_compress_writes_what_other_commands_read(run, run_json, model, text, folder):
@@ -174,8 +223,13 @@ def test_compress_writes_what_other_commands_read(run, run_json, model, text, fo
     stored = run_json("perplexity", folder / "small", *options)
     direct = run_json("perplexity", model, *options, "--recipe", recipe, "--calibration", text)
     assert stored["nll"] == pytest.approx(direct["nll"], abs=1e-6) and stored["recipe"] == recipe
-    code, out, _ = run("compress", model, folder / "small", "--recipe", "rtn:bits=4,group=16", "--overwrite")
-    assert code == 0 and "bits a weight" in out
+    code, out, err = run("compress", model, folder / "small", "--recipe", "rtn:bits=4,group=16", "--overwrite")
+    assert code == 0 and "bits a weight" in out and "larger" not in err
+    again = ("compress", folder / "small", folder / "small2", "--recipe", "rtn:bits=8,group=2,scale_dtype=float32")
+    code, _, err = run(*again)
+    assert code == 0 and err.startswith("the result is larger than the source: ") and err.count("\n") == 1
+    code, _, err = run(*again)
+    assert code == 1 and "already holds a model; give another name or --overwrite" in err
 
 
 def test_convert_and_inspect_both_ways(run, run_json, model, text, folder):
@@ -203,7 +257,7 @@ def test_methods_are_the_catalogue(run, run_json):
 
     assert run_json("methods") == {"methods": catalogue()}
     code, out, _ = run("methods")
-    assert code == 0 and "rtn" in out and "keys: bits, group_size" in out
+    assert code == 0 and "rtn" in out and "keys: bits, group (or group_size), symmetric" in out
 
 
 def test_lesson_lists_and_runs(run, run_json, monkeypatch, tmp_path):
@@ -215,7 +269,8 @@ def test_lesson_lists_and_runs(run, run_json, monkeypatch, tmp_path):
     monkeypatch.setattr(lessons, "lessons", lambda: [good, bad])
     assert run("lesson")[1] == "00 · Good\n01 · Bad\n"
     assert [page["number"] for page in run_json("lesson")["lessons"]] == ["00", "01"]
-    assert run("lesson", "0") == (0, "== 00 · Good: as printed in the lesson\n1\n", "")
+    assert run("lesson", "0") == (0, f"== 00 · Good ({good}): as printed in the lesson\n1\n", "")
+    assert run("lesson", good) == run("lesson", "0")  # a page by its path
     code, out, err = run("lesson", "--all")
     assert code == 1 and "DIFFERS" in out and err.startswith("refllm: error: ") and "01-bad.md:6" in err
     assert run("lesson", "7")[0] == 2
@@ -226,6 +281,8 @@ def test_lesson_lists_and_runs(run, run_json, monkeypatch, tmp_path):
 def test_golden_is_there(run):
     code, out, _ = run("golden", "list")
     assert code == 0 and "quant/rtn" in out
+    code, out, err = run("golden")
+    assert (code, out) == (2, "") and all(f"\n    {name} " in err for name in ("list", "verify", "doctor", "export"))
 
 
 def test_bench(run, run_json):
@@ -284,10 +341,21 @@ def test_chat_keeps_the_conversation_and_forgets_its_oldest_part(run, monkeypatc
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["nonsense"], "invalid choice: 'nonsense' (choose from compare, "),
+        (["compar"], "invalid choice: 'compar'; did you mean compare? (choose"),
+        (["golden", "verfy"], "did you mean verify? (choose from list, show"),
+        (["compare", "--recipe", "none"], "arguments: --recipe; did you mean --recipes? (see refllm compare --help)"),
+        (["compare", "--wndow=3"], "unrecognized arguments: --wndow=3; did you mean --window? (see refllm compare"),
+        (["tokenize", "MODEL", "-p", "x", "--qqqq", "1"], "arguments: --qqqq 1 (see refllm tokenize --help)"),
+        (["compare", "--window", "abc"], "--window: must be a whole number of at least 1, got 'abc'"),
+        (["compare", "--recipes", "none", ""], "argument --recipes: is empty; write none for the uncompressed model"),
+        (["generate", "MODEL", "-p", "x", "--recipe", " "], "argument --recipe: is empty"),
+        (["compress", "MODEL", "o", "--recipe", ""], "argument --recipe: is empty"),
+        (["compare", "MODEL", "--recipes", "none+rtn"], "none, the uncompressed model, stands alone"),
+        (["lesson", "no-such-page.md"], "there is no lesson and no file no-such-page.md; there are 00"),
         (["tokenize", "MODEL"], "one of the arguments -p/--prompt --file is required"),
-        (["generate", "MODEL", "-p", "x", "-n", "0"], "must be at least 1, got 0"),
-        (["generate", "MODEL", "-p", "x", "--temp", "-1"], "temperature must be between"),
+        (["generate", "MODEL", "-p", "x", "-n", "0"], "must be a whole number of at least 1, got '0'"),
+        (["generate", "MODEL", "-p", "x", "--temp", "-1"], "temperature must be 0 or more, got -1.0"),
         (["generate", "MODEL", "-p", "x", "--recipe", "nothing"], "unknown method 'nothing'"),
         (["generate", "MODEL", "-p", "x", "--recipe", "rtn:bitz=4"], "unknown key 'bitz'"),
         (["compare", "MODEL", "--recipes", "rtn:bits=four"], "bits must be int, got 'four'"),
@@ -297,7 +365,7 @@ def test_chat_keeps_the_conversation_and_forgets_its_oldest_part(run, monkeypatc
         (["perplexity", "MODEL", "--text", "t", "--stride", "3"], "--stride belongs to the protocol strided"),
         (["convert", "MODEL", "o.gguf", "--type", "Q9"], "--type must be one of F32"),
         (["generate", "MODEL", "--prom", "x"], "required: -p/--prompt"),
-        (["compare", "MODEL", "--threads", "none"], "invalid count value"),
+        (["compare", "MODEL", "--threads", "none"], "must be a whole number of at least 1, got 'none'"),
     ],
 )
 def test_usage_errors_are_one_line_and_2(run, model, argv, message):
@@ -309,7 +377,11 @@ def test_usage_errors_are_one_line_and_2(run, model, argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "no-such-model", "-p", "x"], "no model 'no-such-model'"),
+        (["generate", "no-such-model", "-p", "x"], "no such file or folder 'no-such-model': give tiny"),
+        (["generate", "OUT/short.txt", "-p", "x"], "neither a .gguf file (it begins with b'ten ') nor a folder"),
+        (["generate", "MODEL", "-p", "x", "--recipe", "wanda"], "needs calibration tokens: give --calibration FILE"),
+        (["compare", "MODEL", "--text", "OUT/short.txt", "--window", "129"], "from 2 to the model's context of 128"),
+        (["compress", "MODEL", "OUT/c", "--recipe", "kivi:bits=9,group=8"], "kivi bits must be 1 to 8, got 9"),
         (["generate", "MODEL", "-p", "x" * 200], "the context of 128 tokens is full"),
         (["logits", "MODEL", "--ids", "1,999", "--out", "OUT/o.npy"], "token id 999 is outside the vocabulary"),
         (["logits", "MODEL", "--ids", "1", "--out", "OUT/no/o.npy"], "o.npy"),
@@ -323,8 +395,8 @@ def test_usage_errors_are_one_line_and_2(run, model, argv, message):
         (["compress", "MODEL", "OUT/c", "--recipe", "wanda"], "wanda needs calibration tokens"),
         (["compress", "MODEL", "OUT", "--recipe", "rtn:bits=4,group=16"], "not a model folder"),
         (["eval", "MODEL", "--task", "OUT/bad.jsonl"], "line 1: not an item of a known task"),
-        (["inspect", "OUT/latin.txt"], "neither a GGUF file"),
-        (["chat", "no-such-model"], "no model"),
+        (["inspect", "OUT/latin.txt"], "neither a .gguf file"),
+        (["chat", "no-such-model"], "no such file or folder"),
     ],
 )
 def test_runtime_errors_are_one_line_and_1(run, model, tmp_path, argv, message):
@@ -372,7 +444,7 @@ def test_an_interrupt_is_130_and_a_bug_is_named(run, model, monkeypatch):
 
 def test_debug_adds_the_traceback(run):
     code, _, err = run("generate", "no-such-model", "-p", "x", "--debug")
-    assert code == 1 and err.startswith("Traceback") and err.splitlines()[-1].startswith("refllm: error: no model")
+    assert code == 1 and err.startswith("Traceback") and err.splitlines()[-1].startswith("refllm: error: no such file")
 
 
 def test_a_full_disk_leaves_nothing_behind(run, model, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """What the commands share: options, reading models and texts, printing. Nothing heavy is imported at the top."""
 
 import argparse
+import difflib
 import json
 import sys
 from dataclasses import replace
@@ -31,13 +32,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"refllm: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """What is left over is an error here, where the command is known, and not in the parser of all commands."""
+        found, extras = super().parse_known_args(args, namespace)
+        if extras:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(extras)}{_nearest(extras[0].partition('=')[0], options)}")
+        return found, extras
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            message = f"invalid choice: {value!r}{_nearest(str(value), choices)} (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, message)
+
+
+def _nearest(text: str, names: list[str]) -> str:
+    """ "; did you mean NAME?" where a name is close to what was typed, else nothing."""
+    near = difflib.get_close_matches(text, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
 
 def count(text: str) -> int:
     """A whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def recipe_text(text: str) -> str:
+    """A recipe that says something; the uncompressed model is `none`."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; write none for the uncompressed model")
+    return text
 
 
 def add_command(commands, name: str, run, help_line: str, *, as_json: bool = True) -> Parser:
@@ -60,7 +87,13 @@ def add_model(parser, default: str | None = None) -> None:
 
 def add_recipe(parser) -> None:
     """--recipe, its calibration text, and the arithmetic of packed weights."""
-    parser.add_argument("--recipe", default="none", metavar="R", help="compress first, e.g. rtn:bits=4,group=32+kivi")
+    parser.add_argument(
+        "--recipe",
+        type=recipe_text,
+        default="none",
+        metavar="R",
+        help="compress first, e.g. rtn:bits=4,group=32+kivi",
+    )
     add_calibration(parser)
     add_activations(parser)
 

@@ -1,5 +1,7 @@
 """methods, lesson, golden: commands for readers and for other implementations."""
 
+from pathlib import Path
+
 from refllm.cli.common import Silent, UsageError, add_command, note, print_json
 
 
@@ -8,7 +10,7 @@ def add_commands(commands) -> None:
     add_command(commands, "methods", methods, "list the methods with paper, code, lesson and vectors")
 
     parser = add_command(commands, "lesson", lesson, "list the lessons, or run one and check what it prints")
-    parser.add_argument("number", nargs="?", metavar="N", help="number of a lesson")
+    parser.add_argument("number", nargs="?", metavar="N", help="number of a lesson, or the path of a page")
     parser.add_argument("--all", action="store_true", help="run every lesson")
 
     from refllm.evaluate import golden
@@ -19,7 +21,7 @@ def add_commands(commands) -> None:
 def methods(args) -> None:
     """The tree: families, their methods, where each is explained."""
     from refllm.methods.catalogue import catalogue
-    from refllm.methods.recipes import knobs
+    from refllm.methods.recipes import key_names
     from refllm.methods.recipes import methods as functions
 
     entries = catalogue()
@@ -32,7 +34,7 @@ def methods(args) -> None:
             family = entry["family"]
             print(f"\n{family}" if entry is not entries[0] else family)
         print(f"  {entry['name']:<13} {entry['summary']}")
-        print(f"  {'':<13} keys: {', '.join(knobs(functions()[entry['name']][1])) or 'none'}")
+        print(f"  {'':<13} keys: {', '.join(key_names(functions()[entry['name']][1])) or 'none'}")
         for key in ("paper", "module", "lesson", "tests", "golden"):
             if entry[key]:
                 print(f"  {'':<13} {key}: {entry[key]}")
@@ -42,6 +44,8 @@ def lesson(args) -> int:
     """Run lessons; the outputs are shown and compared with the page."""
     from refllm.evaluate.lessons import lessons, title
 
+    if args.number is not None and Path(args.number).is_file():
+        return _run([Path(args.number).resolve()], args)
     pages = {page.name[:2]: page for page in lessons()}
     if not pages:
         note("no lessons are installed")
@@ -54,7 +58,7 @@ def lesson(args) -> int:
         return 0
     number = None if args.number is None else args.number.zfill(2)
     if number is not None and number not in pages:
-        raise UsageError(f"there is no lesson {args.number}; there are {', '.join(pages)}")
+        raise UsageError(f"there is no lesson and no file {args.number}; there are {', '.join(pages)}")
     return _run(list(pages.values()) if number is None else [pages[number]], args)
 
 
@@ -69,7 +73,7 @@ def _run(pages, args) -> int:
             output, problem = "", str(error)
         results.append({"path": str(page), "title": title(page), "ok": problem is None, "problem": problem})
         if not args.json:
-            print(f"== {title(page)}: {'as printed in the lesson' if problem is None else 'DIFFERS'}")
+            print(f"== {title(page)} ({page}): {'as printed in the lesson' if problem is None else 'DIFFERS'}")
             print(output, end="")
         if problem is not None:
             note(f"refllm: error: {problem}")

@@ -16,6 +16,7 @@ from refllm.cli.common import (
     load_model,
     note,
     print_json,
+    recipe_text,
 )
 
 
@@ -23,9 +24,14 @@ def add_commands(commands) -> None:
     """Add the commands of this module."""
     parser = add_command(commands, "compare", compare, "measure recipes side by side: size, speed, memory, quality")
     add_model(parser, default="tiny")
-    parser.add_argument("--recipes", nargs="+", metavar="R", help="default: a list with every family")
+    parser.add_argument("--recipes", nargs="+", type=recipe_text, metavar="R", help="default: a list with every family")
     parser.add_argument("--text", metavar="FILE", help="text to evaluate on (default: the bundled one)")
-    parser.add_argument("--max-tokens", type=count, metavar="N", help="evaluate on the first N tokens (default 4096)")
+    parser.add_argument(
+        "--max-tokens",
+        type=count,
+        metavar="N",
+        help="evaluate on the first N tokens, of documents on the whole ones among them (default 4096)",
+    )
     parser.add_argument("--window", type=count, metavar="N", help="tokens of context (default 512)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw quality against size")
     add_calibration(parser)
@@ -89,8 +95,13 @@ def compare(args) -> int:
         threads=args.threads,
     )
     with Progress() as progress:
+
+        def leave_out(recipe, reason):
+            progress.close()
+            note(f"left out: {recipe}: {reason}")
+
         show = lambda number, total, recipe: progress.show(f"{number}/{total} {recipe}")
-        result = comparing.compare(model, recipes, setting, on_recipe=show)
+        result = comparing.compare(model, recipes, setting, on_recipe=show, on_failed=leave_out)
     if args.plot is not None:
         from refllm.evaluate.plots import quality_against_size
 
@@ -102,8 +113,6 @@ def compare(args) -> int:
         from refllm.evaluate.tables import compare_table
 
         print(compare_table(result))
-    for failure in result["failed"]:
-        note(f"left out: {failure['recipe']}: {failure['reason']}")
     return 1 if result["failed"] and (args.recipes or not result["rows"]) else 0
 
 

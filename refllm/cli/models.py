@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from refllm.cli.common import (
     Silent,
@@ -12,6 +13,7 @@ from refllm.cli.common import (
     calibration_ids,
     note,
     print_json,
+    recipe_text,
 )
 
 
@@ -20,7 +22,7 @@ def add_commands(commands) -> None:
     parser = add_command(commands, "compress", compress, "store a model packed; every command takes it as MODEL")
     add_model(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; for gguf a file")
-    parser.add_argument("--recipe", required=True, metavar="R")
+    parser.add_argument("--recipe", type=recipe_text, required=True, metavar="R")
     add_calibration(parser)
     formats = ("native", "gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
     parser.add_argument("--format", choices=formats, default="native", help="layout of the files (default native)")
@@ -54,14 +56,17 @@ def compress(args) -> None:
     from refllm.evaluate.measure import sizes
     from refllm.evaluate.tables import nbytes
     from refllm.formats.progress import Progress
-    from refllm.methods.apply import compress, load
+    from refllm.methods.apply import check, compress, load
     from refllm.methods.recipes import parse
     from refllm.model.convert import save
+    from refllm.model.load import resolve
 
     if not parse(args.recipe):
         note("recipe none: nothing to do")
         raise Silent(3)
     model = load(args.model)
+    calibration, source_bytes = calibration_ids(args, model), _stored_bytes(resolve(args.model))
+    check(model, args.recipe, calibration)
     reports = []
     with Progress() as progress:
 
@@ -69,8 +74,13 @@ def compress(args) -> None:
             reports.append(report)
             progress.show(f"{len(reports)} weights, {report.name}")
 
-        small = compress(model, args.recipe, calibration_ids(args, model), on_report=show)
+        small = compress(model, args.recipe, calibration, on_report=show)
     save(small, args.out, args.format, overwrite=args.overwrite)
+    if _stored_bytes(Path(args.out)) > source_bytes:
+        note(
+            f"the result is larger than the source: {nbytes(source_bytes)} -> {nbytes(_stored_bytes(Path(args.out)))}; "
+            "scales count too, and a weight that no stage packs may take more room than in its source"
+        )
     before, after = sizes(model), sizes(small)
     if args.json:
         result = {"out": args.out, "format": args.format, "recipe": small.recipe, **asdict(after)}
@@ -83,6 +93,11 @@ def compress(args) -> None:
     if reports:
         worst = max(reports, key=lambda report: report.weight_error)
         print(f"largest relative error ||W - W'||^2 / ||W||^2: {worst.weight_error:.2e} in {worst.name}")
+
+
+def _stored_bytes(path: Path) -> int:
+    """Of a model on disk: the file, or the weights of a folder."""
+    return sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
 
 
 def convert(args) -> None:

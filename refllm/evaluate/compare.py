@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from refllm.evaluate.measure import sizes
-from refllm.evaluate.perplexity import plan
+from refllm.evaluate.perplexity import check_window, plan
 from refllm.formats.process import thread_variables
 from refllm.kernels.packed.threads import thread_count
-from refllm.methods.apply import compress, needs_calibration
+from refllm.methods.apply import check, compress, needs_calibration
 from refllm.methods.recipes import parse
 from refllm.model.model import Model
 from refllm.model.native import save_native
@@ -111,8 +111,8 @@ def setting(
     Parameters
     ----------
     text : (N,) integers, or a list of documents, each a list of integers
-        The first `max_tokens` (or as many whole documents, at least one) are evaluated; without `calibration`, up to
-        4096 tokens that follow them calibrate.
+        The first `max_tokens` are evaluated, of documents the whole ones among them (where the first document alone is
+        longer, its begin); without `calibration`, up to 4096 tokens that follow them calibrate.
     calibration : (M,) integers, optional
     window : int, optional
         None takes 512, or the context or the text where that is shorter.
@@ -126,7 +126,9 @@ def setting(
     evaluated = ids[:end]
     if len(evaluated) < 2:
         raise ValueError(f"the text has {len(evaluated)} tokens; at least 2 are needed")
-    window = window or min(DEFAULT_WINDOW, model.config.context_length, len(evaluated))
+    if window is None:
+        window = min(DEFAULT_WINDOW, model.config.context_length, len(evaluated))
+    check_window(model, window)
     plan(model, as_text(evaluated, starts), "document" if starts else "gptq", window)  # complain before anything runs
     if calibration is None:
         calibration = ids[end : end + CALIBRATION_TOKENS]
@@ -151,7 +153,7 @@ def _cut(text, max_tokens: int) -> tuple[np.ndarray, tuple[int, ...], int]:
     ends = np.cumsum([len(document) for document in text])
     count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
     starts = (0, *(int(end) for end in ends[: count - 1]))
-    return np.concatenate([np.asarray(document) for document in text]), starts, int(ends[count - 1])
+    return np.concatenate([np.asarray(document) for document in text]), starts, min(int(ends[count - 1]), max_tokens)
 
 
 def compare(
@@ -159,8 +161,9 @@ def compare(
     recipes: Sequence[str],
     setting: Setting,
     on_recipe: Callable[[int, int, str], None] | None = None,
+    on_failed: Callable[[str, str], None] | None = None,
 ) -> dict:
-    """Measure every recipe.
+    """Measure every recipe; those that the methods refuse are found first, before anything is measured.
 
     Parameters
     ----------
@@ -171,6 +174,8 @@ def compare(
     setting : Setting
     on_recipe : callable, optional
         Called as on_recipe(number, all, recipe) before each recipe.
+    on_failed : callable, optional
+        Called as on_failed(recipe, reason) as soon as it is known that a recipe cannot be measured.
 
     Returns
     -------
@@ -183,18 +188,31 @@ def compare(
     ------
     RecipeError
         An unknown method or key, before anything is measured.
+    ValueError
+        No recipe is left to measure; every reason is in the message.
     RuntimeError
         A measuring process failed; its last line is in the message.
     """
-    for recipe in recipes:
-        parse(recipe)
+    failed: list[dict] = []
+
+    def leave_out(recipe: str, error: ValueError) -> None:
+        failed.append({"recipe": recipe, "reason": str(error)})
+        if on_failed is not None:
+            on_failed(recipe, str(error))
+
+    refused = _refused(model, recipes, setting)
+    if refused and len(refused) == len(set(recipes)):
+        raise ValueError("; ".join(f"{recipe}: {error}" for recipe, error in refused.items()))
+    for recipe, error in refused.items():
+        leave_out(recipe, error)
+    recipes = [recipe for recipe in recipes if recipe not in refused]
     with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         np.save(folder / "ids.npy", setting.ids)
         # No tokenizer: the processes get ids, and loading one would count in their memory.
         base = replace(model, tokenizer=None)
         base_row = _measure(base, "none", setting, folder, is_base=True)
-        rows, failed = [], []
+        rows = []
         for done, recipe in enumerate(recipes, 1):
             if on_recipe is not None:
                 on_recipe(done, len(recipes), recipe)
@@ -202,8 +220,8 @@ def compare(
                 calibration = setting.calibration if needs_calibration(recipe) else None
                 small = compress(base, recipe, calibration) if parse(recipe) else None
                 row = base_row if small is None else _measure(small, recipe, setting, folder)
-            except ValueError as error:  # a group that does not divide, say: the other rows are worth having
-                failed.append({"recipe": recipe, "reason": str(error)})
+            except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
+                leave_out(recipe, error)
                 continue
             rows.append({**row, "recipe": recipe})
     extra = {"tokens_scored", "base_dtype"}
@@ -220,6 +238,19 @@ def compare(
         "base_perplexity": base_row["perplexity"],
         "base_dtype": base_row["base_dtype"],
     }
+
+
+def _refused(model: Model, recipes: Sequence[str], setting: Setting) -> dict[str, ValueError]:
+    """The recipes that this model or setting cannot take, and why."""
+    for recipe in recipes:
+        parse(recipe)  # a typing error ends everything
+    refused = {}
+    for recipe in dict.fromkeys(recipes):
+        try:
+            check(model, recipe, setting.calibration)
+        except ValueError as error:
+            refused[recipe] = error
+    return refused
 
 
 def family(recipe: str) -> str:

@@ -107,9 +107,18 @@ def same_output(expected: str, actual: str) -> str | None:
     first, second = (text.strip("\n").splitlines() for text in (expected, actual))
     for i in range(max(len(first), len(second))):
         a, b = (lines[i].rstrip() if i < len(lines) else None for lines in (first, second))
-        if a is None or b is None or not _same_line(a, b):
+        if a is None or b is None:
+            return _tail(first[i:], second[i:])
+        if not _same_line(a, b):
             return f"expected {a!r}, got {b!r}"
     return None
+
+
+def _tail(page: list[str], printed: list[str]) -> str:
+    """What is left over where one text ends before the other; one of the two is empty."""
+    lines, word = (printed, "more") if printed else (page, "fewer")
+    count = f"one {word} line" if len(lines) == 1 else f"{len(lines)} {word} lines"
+    return f"the code prints {count} than the page: {lines[0]!r}"
 
 
 def _same_line(a: str, b: str) -> bool:

@@ -115,7 +115,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if not any((path / name).exists() for name in ("refllm.json", "config.json")):
         raise FileExistsError(f"{path} is not empty and not a model folder; give another name or empty it yourself")
     if not overwrite:
-        raise FileExistsError(f"{path} already holds a model; give another name or allow overwriting")
+        raise FileExistsError(
+            f"{path} already holds a model; give another name or --overwrite (in Python: overwrite=True)"
+        )
 
 
 def parse_json(data: bytes, *, path: object = None, base: int = 0, integers_only: bool = False) -> dict:

@@ -15,13 +15,16 @@ import numpy as np
 
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.records import LowRank, Sparse24, SparseBitmask, is_record
+from refllm.kernels.stats import Stats
 from refllm.methods.recipes import RUNTIME_FAMILIES, WEIGHT_FAMILIES, RecipeError, Stage, parse
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
 from refllm.model.model import Model
+from refllm.model.sample import generate_ids
 from refllm.model.walk import layer_linears, walk
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TRIED = 1 << 20  # numbers of the largest stand-in that `check` hands to a method
 _FLOAT_PARTS = (Sparse24, SparseBitmask, LowRank)  # records that store floats, which a further stage can take
 
 
@@ -110,6 +113,53 @@ def compress(
     return _bind_runtime(model, stages)
 
 
+def check(model: Model, recipe: str, calibration=None) -> None:
+    """Refuse at once what `compress`, or the first run of its result, would refuse after a while.
+
+    The methods themselves judge: weight stages try random matrices in place of the smallest weight of every width, and
+    run-time stages generate two tokens with the uncompressed model. Weights of more than a million numbers are not
+    tried, so that this stays a matter of a moment.
+
+    Parameters
+    ----------
+    model, recipe, calibration :
+        As in `compress`.
+
+    Raises
+    ------
+    RecipeError, ValueError
+        As `compress`, and what a run-time method says of its knobs.
+    """
+    stages = parse(recipe)
+    _check_runtime(stages, recipe)
+    weight_stages = [stage for stage in stages if stage.family in WEIGHT_FAMILIES]
+    if weight_stages:
+        _check_calibration(weight_stages, calibration)
+        rng = np.random.default_rng(0)
+        for name, todo in _smallest_of_every_width(model, _plan(model, weight_stages)).items():
+            out, columns = model.weights[name].shape
+            stand_in = replace(model, weights={name: 0.02 * rng.standard_normal((out, columns), np.float32)})
+            blind = calibration is None or name in (EMBEDDING, HEAD)
+            stats = None if blind else Stats(rng.standard_normal((16, columns), np.float32))
+            _compress_weight(stand_in, name, todo, stats, None)
+    if len(stages) > len(weight_stages):
+        for _ in generate_ids(_bind_runtime(model, stages), [0], 2, stop_ids=()):
+            pass
+
+
+def _smallest_of_every_width(model: Model, plan: dict[str, list[Stage]]) -> dict[str, list[Stage]]:
+    """One weight for each number of columns and list of stages. Weights that keep their form are left out."""
+    chosen: dict[tuple, str] = {}
+    for name, todo in plan.items():
+        out, columns = model.weights[name].shape
+        if out * columns > _TRIED or isinstance(model.weights[name], _FLOAT_PARTS):
+            continue
+        key = (columns, *map(id, todo))
+        if key not in chosen or out < model.weights[chosen[key]].shape[0]:
+            chosen[key] = name
+    return {name: plan[name] for name in chosen.values()}
+
+
 def _check_runtime(stages: list[Stage], recipe: str) -> None:
     """Each run-time family has one place; a second stage would silently replace the first."""
     for family in RUNTIME_FAMILIES:
@@ -145,7 +195,7 @@ def needs_calibration(recipe: str) -> bool:
 def _check_calibration(stages: list[Stage], calibration) -> None:
     needy = [stage.method for stage in stages if _needs_stats(stage.function)]
     if needy and calibration is None:
-        raise ValueError(f"{needy[0]} needs calibration tokens: pass calibration=ids, or --calibration FILE")
+        raise ValueError(f"{needy[0]} needs calibration tokens: give --calibration FILE (in Python: calibration=ids)")
 
 
 def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:

@@ -67,6 +67,12 @@ def knobs(function: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in own if _TEXT_TYPES & set(_types(p))}
 
 
+def key_names(function: Callable) -> list[str]:
+    """The knobs as messages show them: the key that recipes are written with, and the parameter where that differs."""
+    short = {name: key for key, name in _SHORT_KEYS.items()}
+    return [f"{short[name]} (or {name})" if name in short else name for name in knobs(function)]
+
+
 def parse(recipe: str) -> list[Stage]:
     """Parse and check a recipe; "" and "none" give no stage, the uncompressed model.
 
@@ -88,6 +94,8 @@ def parse(recipe: str) -> list[Stage]:
 def _stage(text: str, recipe: str) -> Stage:
     name, _, rest = text.partition(":")
     name = name.strip()
+    if name == "none":
+        raise RecipeError(f"none, the uncompressed model, stands alone; leave it out of the recipe {recipe!r}")
     if name not in methods():
         raise RecipeError(f"unknown method {name!r} in recipe {recipe!r}; known: {', '.join(sorted(methods()))}")
     family, function = methods()[name]
@@ -107,7 +115,7 @@ def _stage(text: str, recipe: str) -> Stage:
         elif key in allowed:
             values[key] = _convert(value.strip(), allowed[key], name)
         else:
-            known = [*allowed, *(["only"] if family in WEIGHT_FAMILIES else [])]
+            known = [*key_names(function), *(["only"] if family in WEIGHT_FAMILIES else [])]
             raise RecipeError(f"unknown key {key!r} for method {name!r}; known: {', '.join(known) or 'none'}")
     return Stage(name, family, function, values, only)
 

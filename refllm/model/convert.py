@@ -64,7 +64,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, type_name: str = 
     if type_name not in types:
         raise ValueError(f"type must be one of {', '.join(types)} for {out.name}, got {type_name!r}")
     if out.is_file() and not overwrite:
-        raise FileExistsError(f"{out} exists; give another name or allow overwriting")
+        raise FileExistsError(f"{out} exists; give another name or --overwrite (in Python: overwrite=True)")
     model = load(source, dense=True)
     others = {}
     if out.suffix == ".gguf":
@@ -118,6 +118,6 @@ def save(model: Model, out: str | os.PathLike, format: str = "native", overwrite
     if out.suffix != ".gguf":
         raise ValueError(f"the name of a GGUF file must end in .gguf, got {out.name!r}")
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; give another name or allow overwriting")
+        raise FileExistsError(f"{out} exists; give another name or --overwrite (in Python: overwrite=True)")
     to_gguf(model, out, None)
     return out

@@ -73,9 +73,8 @@ def resolve(source: str | os.PathLike) -> Path:
             magic = file.read(4)
         if magic != b"GGUF":
             hint = "; give the folder it is in" if path.suffix == ".safetensors" else ""
-            raise FormatError(
-                f"neither a GGUF file (it begins with {magic!r}) nor a model folder{hint}", path=path, offset=0
-            )
+            message = f"neither a .gguf file (it begins with {magic!r}) nor a folder with a model{hint}"
+            raise FormatError(message, path=path, offset=0)
         return path
     if str(source) == "tiny":
         return data_path("tiny")
@@ -84,7 +83,8 @@ def resolve(source: str | os.PathLike) -> Path:
 
         return smollm2_path()
     raise FileNotFoundError(
-        f"no model {str(source)!r}: give {' or '.join(BUILT_IN)}, a folder in Hugging Face layout or a .gguf file"
+        f"no such file or folder {str(source)!r}: give {' or '.join(BUILT_IN)}, a folder in Hugging Face layout or "
+        "a .gguf file"
     )
 
 

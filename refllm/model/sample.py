@@ -52,7 +52,8 @@ class Sampling:
             ("min_p", self.min_p, 0.0, 1.0),
         ):
             if not low <= value <= high:
-                raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+                wanted = "0 or more" if high == np.inf else f"between {low} and {high}"
+                raise ValueError(f"{name} must be {wanted}, got {value}")
         for name, value in (("top_k", self.top_k), ("seed", self.seed)):
             if not isinstance(value, int | np.integer) or value < 0:
                 raise ValueError(f"{name} must be an integer from 0, got {value!r}")

@@ -94,7 +94,14 @@ def test_calibration_follows_the_evaluated_text():
 
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
-    [(IDS[:1], {}, "at least 2"), (IDS[:20], {"window": 21}, "fewer than one window"), (IDS + 64, {}, "vocabulary")],
+    [
+        (IDS[:1], {}, "at least 2"),
+        (IDS[:20], {"window": 21}, "fewer than one window"),
+        (IDS, {"window": 129}, "from 2 to the model's context of 128 tokens, got 129"),
+        ([IDS.tolist()], {"window": 129}, "from 2 to the model's context of 128 tokens, got 129"),
+        ([IDS.tolist()], {"window": 1}, "from 2"),
+        (IDS + 64, {}, "vocabulary"),
+    ],
 )
 def test_texts_that_cannot_be_used(ids, options, message):
     with pytest.raises(ValueError, match=message):
@@ -141,7 +148,9 @@ def test_documents_are_kept_whole_and_scored_one_by_one():
     assert (cut.protocol, cut.starts, len(cut.ids)) == ("document", (0, 100), 150)
     assert cut.calibration.tolist() == IDS[150:190].tolist()
     assert [part.tolist() for part in comparing.as_text(cut.ids, cut.starts)] == documents[:2]
-    assert setting(MODEL, documents, max_tokens=5).starts == (0,)  # at least one
+    first = setting(MODEL, documents, max_tokens=5)  # of a document that alone is longer, its begin
+    assert (first.starts, first.ids.tolist()) == ((0,), IDS[:5].tolist())
+    assert first.calibration.tolist() == IDS[5:190].tolist()
     result = compare(MODEL, ["none"], setting(MODEL, documents, max_tokens=160, threads=1))
     expected = evaluate_perplexity(MODEL, documents[:2], protocol="document", window=cut.window)
     assert result["protocol"] == "document" and result["tokens_scored"] == expected.tokens_scored

@@ -46,6 +46,11 @@ def test_drift_is_reported_with_file_and_line(tmp_path):
         run(path)
 
 
+def test_lines_that_only_one_side_has_are_counted():
+    assert same_output("a", "a\nb") == "the code prints one more line than the page: 'b'"
+    assert same_output("a\nb\nc", "a") == "the code prints 2 fewer lines than the page: 'b'"
+
+
 def test_a_block_of_text_belongs_to_the_code_since_the_last_one(tmp_path):
     run(page(tmp_path, "```python\nprint(1)\n```\n```text\n1\n```\n```python\nprint(2)\n```\n```text\n2\n```\n"))
 

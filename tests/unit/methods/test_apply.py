@@ -8,7 +8,7 @@ import pytest
 import refllm
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.records import IntWeight, LowRank, Sparse24, SparseBitmask, is_record, parts
-from refllm.methods.apply import compress, load
+from refllm.methods.apply import check, compress, load
 from refllm.methods.lowrank import svd
 from refllm.methods.prune import wanda
 from refllm.methods.quant import rtn
@@ -213,7 +213,7 @@ def test_a_stored_recipe_of_another_version_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "error", "message"),
     [
-        ("wanda", ValueError, "wanda needs calibration tokens: pass calibration=ids, or --calibration FILE"),
+        ("wanda", ValueError, r"wanda needs calibration tokens: .*--calibration FILE \(in Python: calibration=ids\)"),
         ("rtn:only=nothing", ValueError, "only=nothing matches no weight; names look like model.layers.0"),
         ("rtn:only=MLP", ValueError, "only=MLP matches no weight"),
         (
@@ -267,3 +267,33 @@ def test_a_second_call_keeps_the_form_of_sparse_weights():
     for name in layer_linears(0):  # later layers are scored on inputs that one stage, or two, have touched
         assert same_record(once.weights[name], twice.weights[name])
     assert all(isinstance(twice.weights[name].values, IntWeight) for name in all_linears(model))
+
+
+def test_check_refuses_before_anything_is_compressed():
+    """What the methods themselves say, on stand-ins: no weight of the model is looked at."""
+    model = model_of(intermediate_size=48)
+    broken = {name: np.full_like(weight, np.nan) for name, weight in model.weights.items()}
+    for recipe in ("none", "rtn:group=16", "wanda:pattern=2:4+rtn:group=8", "svd:rank=16+rtn:group=-1"):
+        check(replace(model, weights=broken), recipe, IDS)
+    check(model, "kivi:bits=4,group=4,residual=8+flash:block_q=4+speculative:draft=layers")
+    for recipe, message in (
+        ("rtn:group=32", r"rtn cannot compress model.layers.0.mlp.down_proj.weight \(32, 48\): group_size 32"),
+        ("rtn:bits=9,group=16", "bits must be 2 to 8"),
+        ("svd:rank=17", "between 1 and 16"),  # of k and v, the smallest
+        ("wanda:pattern=2:4+rtn:group=32", r"its part values \(16, 16\)"),
+        ("rtn:group=16+rtn:group=16", "already packed"),
+        ("rtn:group=16,only=embed+rtn:bits=1,group=16,only=mlp", "bits must be 2 to 8"),
+        ("kivi:group=16", "group_size 16 does not divide the key head_dim 8"),
+        ("speculative:draft=layers,draft_layers=9", "draft_layers must be 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(model, recipe, IDS)
+    with pytest.raises(ValueError, match="wanda needs calibration tokens"):
+        check(model, "wanda")
+
+
+def test_check_leaves_weights_beyond_its_limit_to_the_run(monkeypatch):
+    monkeypatch.setattr("refllm.methods.apply._TRIED", 32 * 32)
+    check(model_of(intermediate_size=48), "rtn:group=32")  # 48 columns refuse it
+    with pytest.raises(ValueError, match="group_size 13 does not divide the 32 columns"):
+        check(model_of(intermediate_size=48), "rtn:group=13")

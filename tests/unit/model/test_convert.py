@@ -133,7 +133,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"type must be one of F32, BF16, F16, NF4, .* for out, got 'Q8_0'"):
         convert(tmp_path / "hf", tmp_path / "out", "Q8_0")
     (tmp_path / "m.gguf").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="allow overwriting"):
+    with pytest.raises(FileExistsError, match="give another name or --overwrite"):
         convert(tmp_path / "hf", tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_bytes() == b"mine"
     with pytest.raises(FileExistsError, match="already holds a model"):

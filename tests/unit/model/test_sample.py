@@ -137,9 +137,9 @@ def test_properties_of_every_combination(logits, sampling):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(temperature=-0.1), "temperature must be between"),
-        (dict(temperature=float("nan")), "temperature must be between"),
-        (dict(top_k=-1), "top_k must be between"),
+        (dict(temperature=-0.1), "temperature must be 0 or more"),
+        (dict(temperature=float("nan")), "temperature must be 0 or more"),
+        (dict(top_k=-1), "top_k must be 0 or more"),
         (dict(top_k=2.5), "top_k must be an integer"),
         (dict(top_p=1.01), "top_p must be between"),
         (dict(top_p=0.0), "top_p must be above 0"),
