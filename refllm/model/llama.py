@@ -6,8 +6,8 @@
     logits = head(norm(x))
 
 What differs between architectures is data in ModelConfig. Three arguments are the seams every later method uses:
-`cache` (what is kept of keys and values), `attend` (how they are read), `observe` (what calibration sees); packed
-weights need none, because `matmul` is the one place that knows them. Lesson: lessons/01-forward-pass.md.
+`cache` (what is kept of keys and values), `attend` (how they are read), `observe` (what calibration sees). Packed
+weights need none: `matmul`, and `rows` for the embedding, take either kind. Lesson: lessons/01-forward-pass.md.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def embed(model: Model, ids: np.ndarray) -> np.ndarray:
     """Token vectors (B, T, d) of ids (B, T)."""
     x = rows(model.weights["model.embed_tokens.weight"], ids)
     scale = model.config.embedding_scale
-    return x if scale == 1.0 else x * x.dtype.type(scale)
+    return x if scale == 1.0 else x * x.dtype.type(scale)  # stays in x's type
 
 
 def head(model: Model, x: np.ndarray, observe: Callable | None = None) -> np.ndarray:
@@ -153,7 +153,10 @@ def block(
 
 
 def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callable | None) -> list[np.ndarray]:
-    """The products of one input with several weights, each with its bias where the checkpoint has one."""
+    """The products of one input with several weights, each with its bias where the checkpoint has one.
+
+    `model.runtime.activations` is float32, or int8: weights stored as codes then meet inputs of 8 bits.
+    """
     names = tuple(name + ".weight" for name in names)
     if observe is not None:
         observe(names, x)
@@ -166,6 +169,10 @@ def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callab
 
 
 def _attention(model, layer, x, positions, store, attend, observe):
+    """The attention branch: normed states (B, T, d) -> (B, T, d), through q (B, H, T, D) and k, v (B, Hk, S, D).
+
+    T new tokens attend over S: themselves and what `store` returns of earlier ones.
+    """
     config, prefix = model.config, f"model.layers.{layer}.self_attn."
     batch, tokens, _ = x.shape
     q, k, v = _linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
@@ -177,12 +184,13 @@ def _attention(model, layer, x, positions, store, attend, observe):
     rope = config.layer_rope(layer)
     cos, sin = cos_sin(rope, config.head_dim, positions, x.dtype)
     q = rotate(q, cos, sin)
+    # Some stores keep keys unrotated, to quantise or re-place them: model/cache.py.
     pre_rope = store is not None and store.pre_rope
     if not pre_rope:
         k = rotate(k, cos, sin)
     key_positions = positions
     if store is not None:
-        k, v, key_positions = store.extend(k, v, positions, q)
+        k, v, key_positions = store.extend(k, v, positions, q)  # by q a store may rank what it keeps
     if pre_rope:
         k = rotate(k, *cos_sin(rope, config.head_dim, key_positions, x.dtype))
     out = (attend or model.runtime.attend or attention.attend)(
@@ -205,5 +213,6 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def _mlp(model, prefix, x, observe):
+    """The feed-forward branch: normed states (B, T, d) -> (B, T, d), gated at the intermediate width."""
     gate, up = _linear(model, (prefix + "gate_proj", prefix + "up_proj"), x, observe)
     return _linear(model, (prefix + "down_proj",), ACTIVATIONS[model.config.activation](gate) * up, observe)[0]

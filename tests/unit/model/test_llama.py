@@ -1,4 +1,4 @@
-"""refllm.model.llama: the forward pass against a loop-and-float64 twin, its three seams, and what it refuses."""
+"""refllm.model.llama: the forward pass against a loop-and-float64 twin (tests/twins.py), its seams, what it refuses."""
 
 from dataclasses import replace
 
