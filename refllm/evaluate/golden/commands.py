@@ -43,7 +43,8 @@ def add_parser(subparsers) -> None:
     Every sub-command sets `run` to a function(args) -> exit code.
     """
     golden = subparsers.add_parser("golden", help="golden vectors: check any implementation against refllm's")
-    commands = golden.add_subparsers(dest="golden_command", metavar="COMMAND", required=True)
+    golden.set_defaults(run=lambda args: golden.print_help(sys.stderr) or USAGE)  # without a sub-command
+    commands = golden.add_subparsers(dest="golden_command", metavar="COMMAND")
     for name, run, text in (
         ("list", _list, "the suites and what they cover"),
         ("show", _show, "one case with its inputs and expected outputs"),
