@@ -6,7 +6,10 @@ of its values here, and encoding is a search among them.
 
 import numpy as np
 
+from tests import golden_mutants_small
+
 BUGS = {
+    **golden_mutants_small.BUGS,
     "formats.float.encode": {
         "ties_away": "TieToEven",
         "ties_zero": "TieToEven",
@@ -259,6 +262,7 @@ def nvfp4_encode(bug, params, x):
 
 
 _OPS = {
+    **golden_mutants_small.OPS,
     "formats.float.encode": float_encode,
     "formats.float.decode": float_decode,
     "formats.mx.encode": mx_encode,

@@ -7,6 +7,11 @@
                 Holds for every order of summation: Higham 2002, "Accuracy and Stability of Numerical Algorithms",
                 eq. 3.5; k times the smallest subnormal of the type is added for underflow.
     rms_peak    root mean square and largest |y - e|
+    statistical n random answers along a last axis that e does not have. Test mean: |mean(y) - e| <= bound. Test chi2: y
+                are codes and e[..., c] is the probability of code c; Pearson's chi-squared is at most the value that a
+                right implementation exceeds with probability alpha, a code of probability 0 never occurs. `bound` is
+                chosen with alpha too, e.g. by Hoeffding 1963, "Probability Inequalities for Sums of Bounded Random
+                Variables", theorem 2.
 
 Shape and dtype are always exact. In the tolerant classes NaN and infinities must stand where they are expected, and the
 sign of zero does not matter.
@@ -25,7 +30,9 @@ CLASSES = {
     "allclose": (("rtol", "atol"), ()),
     "dot_bound": (("k", "factor", "abs_ref", "unit"), ()),
     "rms_peak": (("rms", "peak"), ()),
+    "statistical": (("test", "n", "alpha"), ("bound",)),
 }
+TESTS = {"mean": True, "chi2": False}  # of class statistical: does it take a bound?
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 # Floats stored as codes: sign bit (0 = none) and the NaN codes' test.
 _CODED = {
@@ -76,24 +83,37 @@ def mismatch(actual: object, expected: Expected) -> str | None:
     wanted = returned_dtype(expected)
     if actual.dtype != wanted:
         return f"dtype {wanted} was expected, got {actual.dtype}"
-    if actual.shape != expected.array.shape:
-        return f"shape {expected.array.shape} was expected, got {actual.shape}"
+    shape = returned_shape(expected)
+    if actual.shape != shape:
+        return f"shape {shape} was expected, got {actual.shape}"
     if actual.size == 0:
         return None
     kind = expected.compare["class"]
     with np.errstate(all="ignore"):
         if kind == "rms_peak":
             return _rms_peak(actual, expected)
+        if kind == "statistical":
+            return {"mean": _mean, "chi2": _chi2}[expected.compare["test"]](actual, expected)
         bad, bound = _RULES[kind](actual, expected)
     return _describe(actual, expected, np.atleast_1d(bad), bound) if np.any(bad) else None
 
 
 def returned_dtype(expected: Expected) -> np.dtype:
-    """The type an implementation returns: that of the array, but within a bound that of the unit."""
+    """The type an implementation returns: that of the array, but of the unit within a bound, and codes for chi2."""
     if expected.compare["class"] == "dot_bound":
         unit = expected.compare["unit"]
         return np.dtype(np.uint16 if unit == "bf16" else FLOATS[unit])
+    if expected.compare.get("test") == "chi2":
+        return np.min_scalar_type(max(expected.array.shape[-1] - 1, 0))
     return expected.array.dtype
+
+
+def returned_shape(expected: Expected) -> tuple[int, ...]:
+    """The shape an implementation returns: that of the array, but with an axis of n answers for a statistical test."""
+    if expected.compare["class"] != "statistical":
+        return expected.array.shape
+    rows = expected.array.shape[:-1] if expected.compare["test"] == "chi2" else expected.array.shape
+    return (*rows, expected.compare["n"])
 
 
 def _bits(actual, expected):
@@ -180,6 +200,38 @@ def _rms_peak(actual, expected):
     if rms <= limits["rms"] and peak <= limits["peak"]:
         return None
     return f"rms {rms:.3g} (at most {limits['rms']:.3g}), peak {peak:.3g} (at most {limits['peak']:.3g})"
+
+
+def _mean(actual, expected):
+    means = actual.mean(-1, dtype=np.float64)
+    bad = ~(np.abs(means - expected.array) <= expected.compare["bound"])
+    if not bad.any():
+        return None
+    at = tuple(int(i) for i in np.argwhere(bad)[0])
+    return (
+        f"{np.count_nonzero(bad)} of {bad.size} means are off, first at {list(at)}: got {means[at]:.9g}, expected "
+        f"{expected.array[at]:.9g} within {expected.compare['bound']:.3g}"
+    )
+
+
+def _chi2(actual, expected):
+    from scipy.special import chdtri
+
+    n, alpha = expected.compare["n"], expected.compare["alpha"]
+    probabilities = expected.array.reshape(-1, expected.array.shape[-1]).astype(np.float64)
+    for row, (codes, probability) in enumerate(zip(actual.reshape(-1, n), probabilities, strict=True)):
+        counts = np.bincount(codes, minlength=probability.size)
+        possible = np.flatnonzero(probability)
+        stray = np.setdiff1d(codes, possible)
+        if stray.size:
+            return f"row {row}: got {stray[0]}, expected only {', '.join(map(str, possible))}"
+        wanted = n * probability[possible]
+        statistic = float(np.sum((counts[possible] - wanted) ** 2 / wanted))
+        limit = float(chdtri(possible.size - 1, alpha)) if possible.size > 1 else 0.0
+        if statistic > limit:
+            seen = ", ".join(f"{c}: {counts[c]} (expected {n * probability[c]:.1f})" for c in possible)
+            return f"row {row}: chi-squared {statistic:.3g}, at most {limit:.3g}; {seen}"
+    return None
 
 
 _RULES = {"bits": _bits, "ulp": _ulp, "allclose": _allclose, "dot_bound": _dot_bound}

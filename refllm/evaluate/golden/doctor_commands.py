@@ -87,13 +87,13 @@ def read_got(path: Path, suite: Suite, case: Case, name: str | None) -> tuple[st
     ValueError
         No such file or output, or several that fit.
     """
-    from refllm.evaluate.golden.compare import returned_dtype
+    from refllm.evaluate.golden.compare import returned_dtype, returned_shape
     from refllm.evaluate.golden.runner import choose, expected_of, reference_names
 
     known = {}
     for output in sorted(case.expected.keys() - reference_names(case)):
         right = expected_of(suite, case, output, choose(case.expected[output], {}))
-        known[output] = (returned_dtype(right), right.array.shape)
+        known[output] = (returned_dtype(right), returned_shape(right))
     if not known:
         raise ValueError(f"{case.name} expects no outputs: its input must be rejected")
     if name is not None and name not in known:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from refllm.evaluate.golden.compare import CLASSES, FLOATS
+from refllm.evaluate.golden.compare import CLASSES, FLOATS, TESTS
 from refllm.evaluate.golden.schema import schema_errors
 from refllm.evaluate.golden.suite import CorruptVectors, Suite, read_schema, read_suite, read_sums, suite_names
 
@@ -124,6 +124,12 @@ def _compare_problems(case, compare: dict, tensor: dict, name: str) -> Iterator[
         yield f"{name}: class {kind} needs f16, f32 or f64, got {tensor['dtype']}"
     if any(isinstance(v, int | float) and v < 0 for v in compare.values()):
         yield f"{name}: a bound is negative"
+    if kind == "statistical":
+        test = compare.get("test")
+        if test not in TESTS:
+            yield f"{name}: test {test!r} cannot be compared by this version; it knows {', '.join(TESTS)}"
+        elif ("bound" in compare) != TESTS[test]:
+            yield f"{name}: test {test} {'needs' if TESTS[test] else 'does not take'} 'bound'"
     if kind == "dot_bound":
         reference = case.expected.get(compare["abs_ref"], {}).get("tensor", {})
         if (reference.get("dtype"), reference.get("shape")) != ("f64", tensor["shape"]) or tensor["dtype"] != "f64":

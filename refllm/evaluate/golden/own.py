@@ -179,6 +179,28 @@ def _float_decode(params: dict, codes: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": _number_format(params).decode(codes)}
 
 
+def _number_encode(params: dict, x: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _small_number(params).encode(x)}
+
+
+def _number_decode(params: dict, codes: np.ndarray) -> dict[str, np.ndarray]:
+    return {"x": _small_number(params).decode(codes)}
+
+
+def _stochastic(params: dict, x: np.ndarray) -> dict[str, np.ndarray]:
+    form, rng = _small_number(params), np.random.default_rng(params["seed"])
+    codes = form.encode(np.repeat(x[:, None], params["n"], axis=1), rounding="stochastic", rng=rng)
+    return {"codes": codes, "x_hat": form.decode(codes)}
+
+
+def _small_number(params: dict):
+    from refllm.formats.dtypes import FORMATS
+
+    if params["format"] not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {params['format']!r}")
+    return FORMATS[params["format"]]
+
+
 def _number_format(params: dict):
     from refllm.formats.dtypes import FLOATS
 
@@ -258,6 +280,9 @@ _OPS = {
     "model.rope.permute": _rope_permute,
     "formats.float.encode": _float_encode,
     "formats.float.decode": _float_decode,
+    "formats.number.encode": _number_encode,
+    "formats.number.decode": _number_decode,
+    "formats.number.stochastic": _stochastic,
     "formats.mx.encode": _mx_encode,
     "formats.nvfp4.encode": _nvfp4_encode,
     **own_checkpoints.OPS,

@@ -136,3 +136,29 @@ def test_rms_peak():
     assert check([1.5] * 4, [0] * 4, **limits) is not None
     assert check([NAN, 0], [0, 0], **limits) is not None
     assert check([NAN], [NAN], **limits) is None
+
+
+def test_statistical_mean():
+    limits = {"class": "statistical", "test": "mean", "n": 4, "alpha": 1e-6, "bound": 0.25}
+    assert check(np.float32([[0, 0, 1, 1], [1, 1, 1, 1]]), [0.25, 0.75], **limits) is None
+    problem = check(np.float32([[0, 0, 1, 1], [0, 1, 1, 1]]), [0.25, 0.25], **limits)
+    assert problem == "1 of 2 means are off, first at [1]: got 0.75, expected 0.25 within 0.25"
+    assert check(np.float32([[NAN, 0, 0, 0]]), [0.25], **limits).startswith("1 of 1 means are off")
+    assert check(np.float32([0.25]), [0.25], **limits) == "shape (1, 4) was expected, got (1,)"
+
+
+def test_statistical_chi2():
+    """23.928 is the quantile 1 - 1e-6 of chi-squared with one degree of freedom: 400 draws, +-48.9 from 200."""
+    limits = {"class": "statistical", "test": "chi2", "n": 400, "alpha": 1e-6}
+    answer = lambda ones: np.repeat(np.uint8([0, 1]), [400 - ones, ones])[None]
+    fair = [[0.5, 0.5, 0.0]]
+    assert check(answer(248), fair, **limits) is None and check(answer(152), fair, **limits) is None
+    assert check(answer(249), fair, **limits).startswith("row 0: chi-squared 24, at most 23.9; 0: 151 (expected 200.0)")
+    assert check(answer(151), fair, **limits) is not None
+    stray = np.where(np.arange(400) == 7, 2, answer(200))
+    assert check(stray.astype(np.uint8), fair, **limits) == "row 0: got 2, expected only 0, 1"
+    assert check(stray.astype(np.uint8) + np.uint8(1), fair, **limits) == "row 0: got 2, expected only 0, 1"
+    assert check(answer(400), [[0.0, 1.0]], **limits) is None
+    assert check(answer(399), [[0.0, 1.0]], **limits) == "row 0: got 0, expected only 1"
+    assert check(answer(200)[0], fair, **limits) == "shape (1, 400) was expected, got (400,)"
+    assert "dtype uint8" in check(answer(200).astype(np.int64), fair, **limits)

@@ -9,6 +9,8 @@ from refllm.evaluate.golden.lint import lint
 from refllm.evaluate.golden.suite import CorruptVectors
 from tests.golden_tiny import BITS, spec, write, write_manifest
 
+MEAN = {"class": "statistical", "test": "mean", "n": 3, "alpha": 1e-6}
+
 
 def problems(root):
     return [problem for _, problem in lint(root)]
@@ -51,6 +53,9 @@ def test_a_good_suite_has_no_problem(tmp_path):
             "class 'rank' cannot be compared",
         ),
         (lambda m: expected(m).update(compare={"class": "statistical", "test": "ks", "n": 3}), "cannot be compared"),
+        (lambda m: expected(m).update(compare=MEAN), "test mean needs 'bound'"),
+        (lambda m: expected(m).update(compare=MEAN | {"alpha": 0.01, "bound": 1}), "must be at most 0.0001"),
+        (lambda m: expected(m).update(compare=MEAN | {"test": "chi2", "bound": 1}), "chi2 does not take 'bound'"),
         (lambda m: expected(m).update(compare={"class": "bits", "rtol": 1}), "class bits does not take 'rtol'"),
         (lambda m: expected(m).update(compare={"class": "allclose", "rtol": -1, "atol": 0}), "a bound is negative"),
         (lambda m: expected(m).update(compare={"class": "allclose", "rtol": 0}), "lacks atol"),
