@@ -32,8 +32,8 @@ _BITS_HEADER = [
     "MXFP4: u8 e, nibbles: x = 2^(e - 127) E2M1(q), but code 8 is +0. NVFP4: four UE4M3 scales (0x7F is 0), nibbles "
     "half-split in every 16: x = s E2M1(q). Q1_0: d, bit i: x = d or -d. Q2_0: d, two bits: x = d (q - 1). TQ2_0: "
     "codes as Q2_K from byte 0, d at 64: x = d (q - 1). TQ1_0: byte ceil(v 256 / 243), v of five digits to base 3, the "
-    "first most significant: bytes m < 32 hold m + 32 n, bytes 32 + m hold 160 + m + 16 n, bytes 48 + m hold 240 + m + 4 n "
-    "(n < 4), d at 52.",
+    "first most significant: bytes m < 32 hold m + 32 n, bytes 32 + m hold 160 + m + 16 n, bytes 48 + m hold "
+    "240 + m + 4 n (n < 4), d at 52.",
     "Every operation is rounded to float32, from left to right.",
 ]
 DECODE_HEADER = ["Input blocks u8 [rows, bytes]; param type. Output x f32 [rows, numbers].", *_BITS_HEADER]
