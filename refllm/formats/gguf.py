@@ -132,6 +132,7 @@ class _Cursor:
         self.data, self.path, self.size, self.at = data, path, len(data), 0
 
     def fail(self, message: str, at: int | None = None) -> FormatError:
+        """The error to raise, with the byte offset `at` (where reading stands, unless given)."""
         return FormatError(message, path=self.path, offset=self.at if at is None else at)
 
     def number(self, code: str):

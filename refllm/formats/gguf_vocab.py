@@ -88,21 +88,25 @@ class _GGUFVocabulary:
         self.metadata, self.path = metadata, path
 
     def fail(self, message: str) -> FormatError:
+        """The error to raise, with the path of the file."""
         return FormatError(message, path=self.path)
 
     def get(self, key: str, kind: type, default=None):
+        """tokenizer.ggml.KEY of one type. Raises FormatError for another type."""
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, kind):
             raise self.fail(f"tokenizer.ggml.{key} must be {kind.__name__}, got {value!r:.80}")
         return value
 
     def strings(self, key: str) -> list[str]:
+        """tokenizer.ggml.KEY as a list of strings. Raises FormatError if it is none."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if not isinstance(value, list):
             raise self.fail(f"tokenizer.ggml.{key} must be an array of strings, got {type(value).__name__}")
         return value
 
     def numbers(self, key: str, length: int, default: int) -> list:
+        """tokenizer.ggml.KEY as a list of `length` numbers; `default` throughout if it is missing."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
             return [default] * length
@@ -111,6 +115,7 @@ class _GGUFVocabulary:
         return value.tolist()
 
     def token_id(self, key: str, size: int) -> int | None:
+        """tokenizer.ggml.KEY as an id below `size`, None if it is missing. Raises FormatError for anything else."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is not None and (not isinstance(value, int) or not 0 <= value < size):
             raise self.fail(f"tokenizer.ggml.{key} must be an id below {size}, got {value!r}")

@@ -51,13 +51,16 @@ class Stats:
 
     @cached_property
     def sum_squares(self) -> np.ndarray:
+        """Sum of squares of each input over the tokens, (in,) float64."""
         return np.einsum("ni,ni->i", self.X, self.X, dtype=np.float64)
 
     @cached_property
     def absmax(self) -> np.ndarray:
+        """Largest magnitude of each input, (in,) float64."""
         return np.max(np.abs(self.X), axis=0).astype(np.float64)
 
     @cached_property
     def H(self) -> np.ndarray:
+        """X^T X, (in, in) float64, not divided by n."""
         X = self.X.astype(np.float64)
         return X.T @ X

@@ -122,9 +122,14 @@ class _Keys:
         self.file, self.architecture = file, architecture
 
     def fail(self, message: str) -> FormatError:
+        """The error to raise, with the path of the file."""
         return FormatError(message, path=self.file.path)
 
     def get(self, key: str, kind: type, default="required"):
+        """A key of the architecture (or general., tokenizer.) of one type.
+
+        Raises FormatError if it is missing without a default, or of another type.
+        """
         name = f"{self.architecture}.{key}" if not key.startswith(("general.", "tokenizer.")) else key
         value = self.file.metadata.get(name)
         if value is None:

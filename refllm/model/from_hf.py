@@ -178,6 +178,7 @@ class _Reader:
         self.values, self.path = values, path
 
     def fail(self, message: str) -> FormatError:
+        """The error to raise, with the path of the file."""
         return FormatError(message, path=self.path)
 
     def _get(self, key, kinds, word, default):
@@ -191,18 +192,21 @@ class _Reader:
         return value
 
     def size(self, key: str, default="required") -> int:
+        """A positive integer. Raises FormatError for anything else, or if it is missing without a default."""
         value = self._get(key, int, "a positive integer", default)
         if value is not None and not 0 < value < 1 << 31:
             raise self.fail(f"{key} must be a positive integer, got {value}")
         return value
 
     def number(self, key: str, default="required") -> float | None:
+        """A positive finite number, as `size`."""
         value = self._get(key, (int, float), "a positive number", default)
         if value is not None and not 0 < value < math.inf:
             raise self.fail(f"{key} must be a positive number, got {value}")
         return None if value is None else float(value)
 
     def flag(self, key: str, default="required") -> bool | None:
+        """true or false, as `size`."""
         return self._get(key, bool, "true or false", default)
 
     def token_ids(self, value: object, key: str, limit: int | None = None):

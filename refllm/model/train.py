@@ -125,6 +125,7 @@ class _Progress:
         self.start, self.steps, self.since = start, steps, time.monotonic()
 
     def show(self, step: int, losses: list[float]) -> None:
+        """Write the line anew: steps done, mean loss of the last ones, minutes left."""
         if sys.stderr.isatty():
             left = (time.monotonic() - self.since) / (step - self.start) * (self.steps - step)
             end = "\n" if step == self.steps else ""
@@ -141,6 +142,7 @@ class _Layout:
 
     @classmethod
     def of(cls, weights: Mapping[str, np.ndarray]) -> _Layout:
+        """The layout of a mapping of name to array. Raises ValueError if their dtypes differ."""
         kinds = {w.dtype for w in weights.values()}
         if len(kinds) != 1:
             raise ValueError(f"weights to train must have one dtype, got {sorted(str(kind) for kind in kinds)}")
@@ -152,9 +154,11 @@ class _Layout:
 
     @property
     def size(self) -> int:
+        """Numbers in all tensors."""
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def views(self, flat: np.ndarray, writeable: bool = True) -> dict[str, np.ndarray]:
+        """Every tensor as a view of a flat buffer, by name."""
         views = {name: flat[at : at + math.prod(shape)].reshape(shape) for name, at, shape in self.entries}
         for view in views.values():
             view.flags.writeable = writeable

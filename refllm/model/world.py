@@ -230,6 +230,7 @@ class _State:
             self.last_asked = None
 
     def undecided_people(self) -> list[str]:
+        """People of whom the text has not yet said both what they like and where they live."""
         return [p for p in self.seen_people if ("likes", p) not in self.facts or ("home", p) not in self.facts]
 
 

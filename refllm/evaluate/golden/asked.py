@@ -17,6 +17,7 @@ class UsageError(ValueError):
 
 
 def folder(args) -> Path:
+    """The folder of vectors that was asked for, else the shipped one. Raises UsageError if it is none."""
     if args.vectors is None:
         return default_root()
     if not args.vectors.is_dir():
@@ -25,6 +26,7 @@ def folder(args) -> Path:
 
 
 def names_of(args, root: Path) -> list[str]:
+    """The suites that were asked for, else all. Raises UsageError for one that does not exist."""
     known = suite_names(root)
     for name in args.suites:
         if name not in known:
@@ -33,6 +35,7 @@ def names_of(args, root: Path) -> list[str]:
 
 
 def find_case(root: Path, name: str) -> tuple[Suite, Case]:
+    """The suite and the case that SUITE#ID names. Raises UsageError if there is no such case."""
     suite_name, _, number = name.partition("#")
     if suite_name not in suite_names(root):
         raise UsageError(f"unknown suite {suite_name!r}; known: {', '.join(suite_names(root)) or 'none'}")
@@ -59,6 +62,7 @@ def _selection(args, root: Path) -> tuple[list[Suite], set[str]]:
 
 
 def declared_by(args, suites: list[Suite]) -> dict[str, str]:
+    """The conventions declared by --declare, checked against what the suites ask for: {name: value}."""
     known: dict[str, set[str]] = {}
     for case in (case for suite in suites for case in suite.cases):
         for name in case.requires:
@@ -78,6 +82,7 @@ def declared_by(args, suites: list[Suite]) -> dict[str, str]:
 
 
 def implementation_of(args):
+    """The function to judge: --impl, --exec, or refllm itself."""
     from refllm.evaluate.golden.own import implementation
     from refllm.evaluate.golden.programs import BatchCall, program_call
     from refllm.evaluate.golden.runner import python_call
@@ -122,6 +127,7 @@ def chosen(args, root: Path) -> tuple[list[Suite], dict, set[str] | None, Callab
 
 
 def patterns_of(path: Path | None, suites: list[Suite]) -> list[str]:
+    """The patterns of a --skips or --xfails file; none without a file. Raises UsageError if it cannot be read."""
     from refllm.evaluate.golden.expectations import read_patterns, unmatched
 
     try:

@@ -67,6 +67,7 @@ class SuiteSpec:
 
     @property
     def name(self) -> str:
+        """As in the manifest: family/method."""
         return self.head["suite"]
 
 

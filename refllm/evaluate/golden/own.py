@@ -131,6 +131,7 @@ class _Listed:
         self._numbers = iter(numbers)
 
     def random(self) -> float:
+        """The next number of the list, in place of a draw."""
         return float(next(self._numbers))
 
 

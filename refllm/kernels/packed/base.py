@@ -27,6 +27,7 @@ def check_packed(name: str, value: object, rows: int, n: int, bits: int) -> None
 
 
 def check_columns(columns: int, least: int = 1) -> None:
+    """Raise ValueError for fewer columns than `least`."""
     if columns < least:
         raise ValueError(f"columns must be at least {least}, got {columns}")
 

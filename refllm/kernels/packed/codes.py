@@ -146,6 +146,7 @@ class CodeWeight(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.codes.shape[0], self.columns
 
     def unpacked(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
@@ -215,6 +216,7 @@ class Reordered(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.weight.shape
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:

@@ -66,6 +66,7 @@ class IntWeight(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.codes.shape[0], self.columns
 
     @property
@@ -131,6 +132,7 @@ class GGUFBlocks(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.data.shape[0], self.columns
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:

@@ -50,10 +50,12 @@ def target_has_half() -> bool:
 
 
 def constant(kind: ir.Type, value: float) -> ir.Constant:
+    """A number as a constant of an LLVM type; in every lane of a vector."""
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
 def shuffle(b: ir.IRBuilder, value: ir.Value, order: list[int]) -> ir.Value:
+    """Lanes of a vector in another order; `order` may repeat and leave out lanes."""
     mask = ir.Constant(ir.VectorType(I32, len(order)), order)
     return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
 
@@ -64,6 +66,7 @@ def address(context, b: ir.IRBuilder, array_type: types.Array, array: ir.Value, 
 
 
 def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type) -> ir.Value:
+    """The value of type `kind` at a pointer, aligned or not."""
     return b.load(b.bitcast(pointer, kind.as_pointer()), align=1)
 
 

@@ -87,6 +87,7 @@ class Sparse24(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.indices.shape[0], self.columns
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
@@ -157,6 +158,7 @@ class SparseBitmask(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.bitmask.shape[0], self.columns
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
@@ -196,6 +198,7 @@ class LowRank(BaseRecord):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.A.shape[0], self.B.shape[1]
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:

@@ -292,9 +292,11 @@ class _Growing:
 
     @property
     def view(self) -> np.ndarray:
+        """The tokens held, without a copy."""
         return self._part(self._start, self._start + self.count)
 
     def append(self, x: np.ndarray) -> None:
+        """Add tokens at the end of the axis."""
         new = x.shape[self.axis]
         if self._buffer is None:
             self._buffer = np.empty(x.shape, x.dtype)

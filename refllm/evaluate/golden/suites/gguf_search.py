@@ -19,6 +19,7 @@ def away(v) -> int:
 
 
 def clip(v: int, low: int, high: int) -> int:
+    """v, but at least low and at most high."""
     return min(max(v, low), high)
 
 

@@ -35,6 +35,7 @@ class Definition:
 
     @property
     def levels(self) -> int:
+        """The largest code."""
         return (1 << self.bits) - 1
 
     def params(self) -> dict:
