@@ -39,12 +39,9 @@ def damaged(manifest, rng):
     return made
 
 
-def small(manifest):
-    """The first two cases of every group: damage then hits what matters."""
-    made = copy.deepcopy(manifest)
-    for group in made["groups"]:
-        group["cases"] = group["cases"][:2]
-    return made
+def small(manifest, group):
+    """The manifest with one of its groups, cut to two cases: the rest would be checked a thousand times, unchanged."""
+    return manifest | {"groups": [group | {"cases": group["cases"][:2]}]}
 
 
 def test_same_verdict_as_jsonschema():
@@ -56,9 +53,8 @@ def test_same_verdict_as_jsonschema():
     verdicts = [0, 0]
     for suite in read_suites(default_root()):
         assert oracle.is_valid(suite.manifest) and not list(schema_errors(suite.manifest, schema))
-        short = small(suite.manifest)
         for _ in range(1000):
-            made = damaged(short, rng)
+            made = damaged(small(suite.manifest, rng.choice(suite.manifest["groups"])), rng)
             ours = not list(schema_errors(made, schema))
             assert ours == oracle.is_valid(made), made
             verdicts[ours] += 1
