@@ -118,22 +118,38 @@ def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
         Runs without the interpreter lock.
     """
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
+    return _compiled(function, key, lambda kept: numba.njit([signature], cache=kept, **options)(function))
+
+
+def compile_address(function: Callable, signature, key: str = "") -> int:
+    """The same as a C function that other kernels call by its address; it stays loaded for the life of the process."""
+    options = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
+    made = _compiled(function, key, lambda kept: numba.cfunc(signature, cache=kept, **options)(function))
+    _functions.append(made)
+    return made.address
+
+
+_functions: list = []
+
+
+def _compiled(function: Callable, key: str, make: Callable[[bool], object]):
+    """make(True) with Numba's cache in the folder of this function and key, or make(False) where there is none."""
     with _lock:
         folder = kernel_folder()
         if folder is None:
             _announce(function.__name__)
-            return numba.njit([signature], **options)(function)
+            return make(False)
         mine = folder / f"{function.__name__}{key}"
         if not any(mine.rglob("*.nbc")):
             _announce(function.__name__)
         elsewhere = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(mine)
         try:
-            compiled = numba.njit([signature], cache=True, **options)(function)
+            made = make(True)
             _sign(mine)
         except (OSError, RuntimeError):  # a full or read-only disk: do without the cache
             numba.config.CACHE_DIR = elsewhere
-            compiled = numba.njit([signature], **options)(function)
+            made = make(False)
         finally:
             numba.config.CACHE_DIR = elsewhere
-        return compiled
+        return made

@@ -1,11 +1,12 @@
 """The Numba side of matmul: which kernel runs a record, and products through decoded blocks of rows where none does.
 
-    few tokens, codes that fall on lanes    int_kernels.int_matmul, on the stored layout
-    anything else                           rows are decoded to float32, a block at a time (it stays in cache), for BLAS
+    a weight that has tiles      its tiles (tiling.py), made at the first product and kept beside the record
+    anything else                rows are decoded to float32, a block at a time (it stays in cache), for BLAS
 
 The sums of the second kind are BLAS's: their order, and so their last bits, may depend on its version and threads.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -15,13 +16,66 @@ from refllm.kernels.grids import PER_TENSOR
 from refllm.kernels.packed import decode_kernels
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
 from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.int_kernels import blocking, flat, int_matmul
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.reference import GGUF_BLOCK, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
+from refllm.kernels.packed.threads import over_rows
+from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS, lay_out_address, product_address
+from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles, tiles_of
 
-FEW_TOKENS = 8  # up to here reading codes once per token beats decoding them once for BLAS
+FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
+SLAB = 80 * TOKENS  # tokens laid out at a time
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of float32
+
+
+def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
+    """x W^T by the compiled tile product.
+
+    Parameters
+    ----------
+    x : (tokens, in) float32
+    tiles : Tiles
+    kind : int
+        FLOAT, or int8 activations with a scale per 32 columns (BLOCKS) or per token (TOKEN).
+
+    Returns
+    -------
+    (tokens, out) float32
+    """
+    tokens, blocks, n = len(x), tiles.codes.shape[1], 1 if len(x) <= FEW_TOKENS else TOKENS
+    x = _padded(x, blocks * BLOCK)
+    panels = -(-tokens // n)
+    most = max(1, min(panels, SLAB // n))
+    codes = np.empty((most, blocks, n, BLOCK), np.float32 if kind == FLOAT else np.int8)
+    scale, sums = np.empty((most, blocks, n), np.float32), np.empty((most, blocks, 3, n), np.float32)
+    y = np.empty((panels * n, len(tiles.codes) * ROWS), np.float32)
+    lay_out, product = _lay_out(n), _product(tiles.form, kind != FLOAT, n)
+    laid_out = codes.ctypes.data, scale.ctypes.data, sums.ctypes.data
+    for start in range(0, panels, most):
+        some, count = x[start * n : (start + most) * n], min(most, panels - start)
+        source = some.ctypes.data, len(some), some.shape[1], some.strides[0], kind, *laid_out
+        over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, some.size)
+        target = tiles.table.ctypes.data, *laid_out, y[start * n :].ctypes.data, y.strides[0], count
+        work = tiles.codes.size * count * n
+        over_rows(lambda first, last, target=target: product(*target, first, last), len(tiles.codes), work)
+    return y[:tokens, : tiles.shape[0]]
+
+
+def _padded(x: np.ndarray, columns: int) -> np.ndarray:
+    """Rows of so many columns, zero beyond their end; contiguous and aligned."""
+    if x.shape[1] < columns:
+        x = np.pad(x, ((0, 0), (0, columns - x.shape[1])))
+    return np.require(x, requirements=["C", "A"])
+
+
+@cache
+def _product(form, integers: bool, n: int):
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product_address(form, integers, n))
+
+
+@cache
+def _lay_out(n: int):
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 10)(lay_out_address(n))
 
 
 @cache
@@ -97,8 +151,8 @@ def _values(values, block: slice) -> np.ndarray:
 
 def matmul_float(x: np.ndarray, weight) -> np.ndarray:
     """reference.matmul_float for float32 x."""
-    if isinstance(weight, IntWeight) and len(x) <= FEW_TOKENS and blocking(weight):
-        return int_matmul(x, weight, integers=False)
+    if tiles := tiles_of(weight):
+        return tile_matmul(x, tiles, FLOAT)
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for block, rows in decoded(weight):
         np.matmul(x, rows.T, out=y[:, block])
@@ -106,8 +160,14 @@ def matmul_float(x: np.ndarray, weight) -> np.ndarray:
 
 
 def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
-    """reference.matmul_int8 for float32 x. Beyond a few tokens the rounded activations are multiplied as floats."""
-    if isinstance(weight, IntWeight) and len(x) <= 2 * FEW_TOKENS and blocking(weight):
-        return int_matmul(x, weight, integers=True)
-    codes, scale = quantize_activations(x, GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0)
+    """reference.matmul_int8 for float32 x. Without tiles, the rounded activations are multiplied as floats."""
+    per_block = isinstance(weight, GGUFBlocks)
+    if tiles := tiles_of(weight):
+        return tile_matmul(x, tiles, BLOCKS if per_block else TOKEN)
+    codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0)
     return matmul_float(dequantize_activations(codes, scale), weight)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """A flat, contiguous, aligned view of an array; a copy only where it must be."""
+    return np.require(array, requirements=["C", "A"]).reshape(-1)

@@ -11,9 +11,9 @@ import ctypes, mmap
 import numpy as np
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, int_kernels
+from refllm.kernels.packed import fast
+from refllm.kernels.packed.tiling import Tiles, tiles_of
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
-from refllm.kernels.packed.tiles import target_has_byte_dot
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -30,12 +30,19 @@ def guarded(array):
     inside[...] = array
     return inside
 
-def product(weight, kind):
-    int_kernels.kind_of_x = lambda integers: kind
-    return int_kernels.int_matmul(guarded(W[:1]), weight, True)
+def tight(tiles):
+    arrays = map(guarded, (tiles.codes, tiles.scale, tiles.low, tiles.tops))
+    return Tiles(tiles.form, *arrays, tiles.shape, tiles.per)
+
+def check_tiles(weight, W):
+    tiles = tiles_of(weight)
+    for tokens in (1, 13) if tiles else ():
+        x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
+        for kind in (fast.FLOAT, fast.BLOCKS, fast.TOKEN):
+            product = fast.tile_matmul(guarded(x), tight(tiles), kind)
+            assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 
 rng = np.random.default_rng(0)
-kinds = ["float32", "int16"] + (["int8"] if target_has_byte_dot() else [])
 row, groups = SymmetricGrid(4, -1), AffineGrid(4, 32)
 for grid, columns in ((row, 37), (groups, 160), (AffineGrid(8, 32), 96), (SymmetricGrid(3, -1), 37)):
     for rows in (1, 3, 6, 8):
@@ -43,17 +50,17 @@ for grid, columns in ((row, 37), (groups, 160), (AffineGrid(8, 32), 96), (Symmet
         scale, zero = grid.fit(W)
         plain = IntWeight.pack(grid, grid.encode(W, scale, zero), scale, zero)
         arrays = map(guarded, (plain.codes, plain.scale, plain.zero_point))
-        tight = IntWeight(*arrays, grid.bits, grid.group_size, columns)
+        inside = IntWeight(*arrays, grid.bits, grid.group_size, columns)
         out = guarded(np.zeros((rows, columns), np.float32))
-        fast.decoder(tight)(0, rows, out)
+        fast.decoder(inside)(0, rows, out)
         assert np.array_equal(out, plain.dense())
-        for kind in kinds if int_kernels.blocking(plain) else ():
-            assert np.array_equal(product(tight, kind), product(plain, kind)), kind
+        check_tiles(plain, W)
 for name, layout in blocks.BLOCKS.items():
     data = guarded(np.zeros((2, layout.bytes_per_block), np.uint8))
     out = guarded(np.ones((2, layout.block_size), np.float32))
     fast.decoder(GGUFBlocks(data, name, layout.block_size))(0, 2, out)
     assert np.isfinite(out).all()
+    check_tiles(GGUFBlocks(data, name, layout.block_size), out)
 if MUST_CRASH:
     np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
 print("read nothing else")

@@ -49,7 +49,7 @@ def files(folder):
 
 def test_a_second_process_compiles_nothing(warm):
     before = {p: p.stat().st_mtime_ns for p in files(warm)}
-    assert len(before) == 8  # index and code of two products and two layouts
+    assert len(before) == 6  # index and code of two products and of the layout of activations
     assert all(compiling._checksum(p).exists() for p in before)
     run(warm)
     assert {p: p.stat().st_mtime_ns for p in files(warm)} == before
@@ -66,7 +66,7 @@ def test_damaged_files_are_thrown_away(warm):
         path.write_bytes(damages[i % 4](content))
     damaged = files(warm)
     run(warm)
-    assert len(files(warm)) == 8 and all(files(warm)[p] != damaged[p] for p in damaged)
+    assert len(files(warm)) == 6 and all(files(warm)[p] != damaged[p] for p in damaged)
 
 
 def test_files_without_a_checksum_are_thrown_away(tmp_path):

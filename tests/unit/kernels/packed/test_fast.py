@@ -76,15 +76,6 @@ def test_blocks_of_rows_cover_every_record_in_order(name, monkeypatch):
     assert np.allclose(np.concatenate([rows for *_, rows in seen]), weight.dense(), rtol=1e-6, atol=1e-6)
 
 
-def test_many_tokens_go_through_blas_and_few_through_the_kernel(monkeypatch):
-    weight = one_of_each()["int asym"]
-    used = []
-    monkeypatch.setattr(fast, "int_matmul", lambda x, *rest, **more: used.append(len(x)) or np.zeros((len(x), 6)))
-    for tokens in (1, fast.FEW_TOKENS, fast.FEW_TOKENS + 1):
-        fast.matmul_float(np.ones((tokens, 32), np.float32), weight)
-    assert used == [1, fast.FEW_TOKENS]
-
-
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_both_sides_of_the_switch_agree(activations):
     weight = int_weight(np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32), AffineGrid(4, 32))

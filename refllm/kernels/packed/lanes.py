@@ -1,0 +1,443 @@
+"""Words of the tile kernels: sixteen rows of a weight in the sixteen lanes of a vector.
+
+A *tile* is sixteen rows. Its codes lie so that one 64-byte vector holds four consecutive columns of every row
+(tiling.py draws it), so lane r of every value here belongs to row r, a product needs no sum across lanes, and its
+activations are four bytes, or one float, repeated in every lane.
+
+Kernels work on several tokens at once; a value of type Several(vector, n) is n vectors, one a token. Numba sees a
+struct, LLVM registers. Addresses are plain integers (intp): what stands there is checked in Python, before any kernel
+runs, by those who fill in the weight's table of addresses (tiled.py).
+
+Sums of four byte products are written three ways, chosen by the features of Numba's target (which the environment
+variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI), as vpmaddubsw + vpmaddwd
+(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), or in the 16-bit form that LLVM turns into
+multiply-adds of pairs on any processor. All three give the same integers.
+"""
+
+from functools import cache
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+from refllm.kernels.packed.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    Floats,
+    Ints,
+    constant,
+    emit_half_to_float,
+    shuffle,
+    target_features,
+)
+from refllm.kernels.packed.tiling import BLOCK, PLANES
+
+I64 = ir.IntType(64)
+BYTES = ir.VectorType(I8, 4 * LANES)
+SHORTS = ir.VectorType(I16, 2 * LANES)
+QUADS = BLOCK // 4  # fours of columns in a block
+X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
+
+
+def dot_form(bits: int) -> str:
+    """How Numba's target adds four byte products of codes of so many bits."""
+    features = target_features()
+    if {"+avx512bw", "+avx512vnni"} <= features:
+        return X86_BYTE_DOT
+    return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
+
+
+class Several(types.Type):
+    """The Numba type of n vectors."""
+
+    def __init__(self, vector: types.Type, n: int):
+        self.vector, self.n = vector, n
+        self.llvm = ir.ArrayType(vector.llvm, n)
+        super().__init__(name=f"Several({vector.name}, {n})")
+
+
+@register_model(Several)
+class _SeveralModel(models.PrimitiveModel):
+    def __init__(self, manager, several):
+        super().__init__(manager, several, several.llvm)
+
+
+@cache
+def several(vector: types.Type, n: int) -> Several:
+    """The type, one object for each pair."""
+    return Several(vector, n)
+
+
+def _join(b: ir.IRBuilder, kind: Several, values: list[ir.Value]) -> ir.Value:
+    out = ir.Constant(kind.llvm, ir.Undefined)
+    for i, value in enumerate(values):
+        out = b.insert_value(out, value, i)
+    return out
+
+
+def _split(b: ir.IRBuilder, kind: types.Type, value: ir.Value, n: int) -> list[ir.Value]:
+    """The n vectors of a value; a single vector counts n times."""
+    return [b.extract_value(value, i) for i in range(n)] if isinstance(kind, Several) else [value] * n
+
+
+def _at(b: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
+    """What stands `offset` bytes behind an address."""
+    pointer = b.inttoptr(b.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
+    return b.load(pointer, align=1)
+
+
+def _splat(b: ir.IRBuilder, number: ir.Value, count: int = LANES) -> ir.Value:
+    kind = ir.VectorType(number.type, count)
+    return shuffle(b, b.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0)), [0] * count)
+
+
+@intrinsic
+def word(typing, address, index):
+    """The 64-bit integer number `index` of a table."""
+
+    def generate(context, b, sig, args):
+        pointer = b.inttoptr(b.add(args[0], b.shl(args[1], ir.Constant(args[1].type, 3))), I64.as_pointer())
+        return b.load(pointer)
+
+    return types.intp(types.intp, types.intp), generate
+
+
+def _loader(result: types.Type, stored: ir.Type, widen=None):
+    """A word that reads sixteen numbers at an address."""
+
+    @intrinsic
+    def load_vector(typing, address):
+        def generate(context, b, sig, args):
+            value = _at(b, args[0], 0, stored)
+            return value if widen is None else widen(b, value)
+
+        return result(types.intp), generate
+
+    return load_vector
+
+
+load_floats = _loader(Floats, Floats.llvm)
+load_halves = _loader(Floats, ir.VectorType(I16, LANES), emit_half_to_float)
+load_signed = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.sitofp(v, Floats.llvm))
+load_unsigned = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(v, Floats.llvm))
+splat_at = _loader(Floats, F32, lambda b, v: _splat(b, v))
+
+
+@intrinsic(prefer_literal=True)
+def splats(typing, address, n):
+    """n consecutive floats, each in every lane of its own vector."""
+    kind = several(Floats, n.literal_value)
+
+    def generate(context, b, sig, args):
+        return _join(b, kind, [_splat(b, _at(b, args[0], 4 * i, F32)) for i in range(kind.n)])
+
+    return kind(types.intp, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typing, n):
+    """n vectors of 0.0."""
+    kind = several(Floats, n.literal_value)
+    return kind(n), lambda context, b, sig, args: ir.Constant(kind.llvm, [constant(Floats.llvm, 0.0)] * kind.n)
+
+
+@intrinsic(prefer_literal=True)
+def every(typing, value):
+    """One compile-time number in every lane."""
+    number = float(value.literal_value)
+    return Floats(value), lambda context, b, sig, args: constant(Floats.llvm, number)
+
+
+def _elementwise(operation):
+    """A word on floats: each argument is a vector, or Several of one count; so is the result."""
+
+    def typer(kinds):
+        counts = {kind.n for kind in kinds if isinstance(kind, Several)}
+        return Floats if not counts else several(Floats, counts.pop())
+
+    def generate(context, b, sig, args):
+        kind = sig.return_type
+        if not isinstance(kind, Several):
+            return operation(b, *args)
+        parts = [_split(b, of, value, kind.n) for of, value in zip(sig.args, args, strict=True)]
+        return _join(b, kind, [operation(b, *some) for some in zip(*parts, strict=True)])
+
+    return typer, generate
+
+
+def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, addend: ir.Value) -> ir.Value:
+    """x * y + addend, rounded once."""
+    kind = x.type
+    name = f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name), [x, y, addend])
+
+
+_typer_2, _times = _elementwise(lambda b, x, y: b.fmul(x, y))
+_, _plus = _elementwise(lambda b, x, y: b.fadd(x, y))
+_, _fma = _elementwise(emit_fma)
+_, _minus_product = _elementwise(lambda b, x, y, z: emit_fma(b, b.fneg(y), z, x))
+
+
+@intrinsic
+def times(typing, x, y):
+    """x * y."""
+    return _typer_2((x, y))(x, y), _times
+
+
+@intrinsic
+def plus(typing, x, y):
+    """x + y."""
+    return _typer_2((x, y))(x, y), _plus
+
+
+@intrinsic
+def fma(typing, x, y, addend):
+    """x * y + addend, rounded once."""
+    return _typer_2((x, y, addend))(x, y, addend), _fma
+
+
+@intrinsic
+def minus_product(typing, x, y, z):
+    """x - y * z, rounded once: exact where all are integers below 2^24."""
+    return _typer_2((x, y, z))(x, y, z), _minus_product
+
+
+def _code_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range) -> list[ir.Value]:
+    """The codes of some fours of columns of a block as vectors of bytes: byte 4 r + c is column 4 quad + c of row r.
+
+    A plane of w bits is w vectors; bits w s .. of vector v belong to the quad w s + v.
+    """
+    made, start, low = {}, 0, 0
+    for width in PLANES[bits]:
+        vectors = {}
+        for quad in quads:
+            v, s = quad % width, quad // width
+            if v not in vectors:
+                vectors[v] = _at(b, codes, start + 64 * v, BYTES)
+            piece = vectors[v]
+            if width < 8:
+                moved = b.lshr(b.bitcast(piece, SHORTS), constant(SHORTS, width * s)) if s else piece
+                piece = b.and_(b.bitcast(moved, BYTES), constant(BYTES, (1 << width) - 1))
+            if low:
+                piece = b.bitcast(b.shl(b.bitcast(piece, SHORTS), constant(SHORTS, low)), BYTES)
+                piece = b.or_(made[quad], piece)
+            made[quad] = piece
+        start, low = start + 64 * width, low + width
+    return [made[quad] for quad in quads]
+
+
+def _quads(part: int, parts: int) -> range:
+    """The fours of columns in one of the equal parts of a block."""
+    return range(QUADS // parts * part, QUADS // parts * (part + 1))
+
+
+def _half(bits_of: ir.VectorType, upper: bool) -> list[int]:
+    return list(range(bits_of.count // 2, bits_of.count)) if upper else list(range(bits_of.count // 2))
+
+
+def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
+    if form == X86_BYTE_DOT:
+        # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
+        kind = ir.FunctionType(Ints.llvm, [Ints.llvm] * 3)
+        call = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+        return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
+    if form == X86_BYTE_PAIRS:
+        return b.add(total, _dot_by_pairs(b, codes, x))
+    eight = constant(SHORTS, 8)
+    codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
+    even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)
+    odd = b.lshr(codes, eight), b.ashr(x, eight)
+    wide = ir.VectorType(I32, 2 * LANES)
+    for code, number in (even, odd):
+        product = b.mul(b.sext(code, wide), b.sext(number, wide))
+        pairs = shuffle(b, product, list(range(0, 2 * LANES, 2))), shuffle(b, product, list(range(1, 2 * LANES, 2)))
+        total = b.add(total, b.add(*pairs))
+    return total
+
+
+def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """The four byte products of every lane through 16-bit pairs, 256 bits at a time."""
+    bytes_, shorts = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
+    words = ir.VectorType(I32, LANES // 2)
+    function = lambda kind, of, name: cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [of] * 2), name)
+    pairs = function(shorts, bytes_, "llvm.x86.avx2.pmadd.ub.sw")
+    fours = function(words, shorts, "llvm.x86.avx2.pmadd.wd")
+    halves = []
+    for upper in (False, True):
+        operands = [shuffle(b, value, _half(BYTES, upper)) for value in (codes, x)]
+        halves.append(b.call(fours, [b.call(pairs, operands), constant(shorts, 1)]))
+    return b.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))))
+
+
+@intrinsic(prefer_literal=True)
+def integer_products(typing, codes, x, bits, part, parts, n):
+    """Sums of code * x over a block (parts = 1) or one half of it (parts = 2), as floats: exact.
+
+    codes : address of the block's codes. x : address of n times 32 int8 numbers, one token after another.
+    """
+    width, count = bits.literal_value, n.literal_value
+    quads = _quads(part.literal_value, parts.literal_value)
+    kind, form = several(Floats, count), dot_form(width)
+
+    def generate(context, b, sig, args):
+        sums = [constant(Ints.llvm, 0)] * count
+        for quad, some in zip(quads, _code_quads(b, args[0], width, quads), strict=True):
+            for i in range(count):
+                four = b.bitcast(_splat(b, _at(b, args[1], BLOCK * i + 4 * quad, I32)), BYTES)
+                sums[i] = _add_dot(b, form, sums[i], some, four)
+        return _join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
+
+    return kind(types.intp, types.intp, bits, part, parts, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def float_products(typing, codes, x, zero, bits, part, parts, n):
+    """Sums of (code - zero) * x over a block or one half of it, in two sums that do not wait for each other.
+
+    codes : address of the block's codes. x : address of n times 32 floats. zero : Floats, whole numbers.
+
+    A code q in the low mantissa bits of 2^23 makes the float 2^23 + q; one that sits k bits higher takes 2^(23-k). So
+    subtracting 2^(23-k) + zero, which is exact, gives q - zero with no conversion.
+    """
+    width, count = bits.literal_value, n.literal_value
+    quads = _quads(part.literal_value, parts.literal_value)
+    kind = several(Floats, count)
+
+    def generate(context, b, sig, args):
+        sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(count)]
+        for quad, some in zip(quads, _code_quads(b, args[0], width, quads), strict=True):
+            lanes = b.bitcast(some, Ints.llvm)
+            for c in range(4):
+                at = 8 * c
+                if at + width > 23:
+                    field, at = b.lshr(lanes, constant(Ints.llvm, at)), 0
+                else:
+                    field = lanes
+                field = b.and_(field, constant(Ints.llvm, ((1 << width) - 1) << at))
+                base = 2.0 ** (23 - at)
+                exponent = (127 + 23 - at) << 23
+                number = b.bitcast(b.or_(field, constant(Ints.llvm, exponent)), Floats.llvm)
+                number = b.fsub(number, b.fadd(args[2], constant(Floats.llvm, base)))
+                for i in range(count):
+                    each = _splat(b, _at(b, args[1], 4 * (BLOCK * i + 4 * quad + c), F32))
+                    sums[i][c % 2] = emit_fma(b, number, each, sums[i][c % 2])
+        return _join(b, kind, [b.fadd(*pair) for pair in sums])
+
+    return kind(types.intp, types.intp, Floats, bits, part, parts, n), generate
+
+
+@intrinsic
+def store_tokens(typing, address, stride, values):
+    """Write the vectors of all tokens, `stride` bytes apart."""
+
+    def generate(context, b, sig, args):
+        for i, value in enumerate(_split(b, values, args[2], values.n)):
+            place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i)))
+            b.store(value, b.inttoptr(place, Floats.llvm.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, values), generate
+
+
+def _wide(name: str) -> str:
+    return f"llvm.{name}.v{LANES}f32"
+
+
+def _call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    kind = args[0].type
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * len(args)), name), args)
+
+
+@intrinsic
+def splat(typing, x):
+    """A float32 in every lane."""
+    return Floats(types.float32), lambda context, b, sig, args: _splat(b, args[0])
+
+
+@intrinsic
+def divide(typing, x, y):
+    """x / y."""
+    return Floats(Floats, Floats), lambda context, b, sig, args: b.fdiv(*args)
+
+
+@intrinsic
+def magnitude(typing, x):
+    """|x|."""
+    return Floats(Floats), lambda context, b, sig, args: _call(b, _wide("fabs"), args[0])
+
+
+@intrinsic
+def larger(typing, x, y):
+    """The larger of two numbers; of NaN and a number the number."""
+    return Floats(Floats, Floats), lambda context, b, sig, args: _call(b, _wide("maxnum"), *args)
+
+
+def emit_sum(b: ir.IRBuilder, value: ir.Value, join) -> ir.Value:
+    """All lanes joined, always in the same order: halves, until one number is left."""
+    half = value.type.count // 2
+    while half:
+        value = join(shuffle(b, value, list(range(half))), shuffle(b, value, list(range(half, 2 * half))))
+        half //= 2
+    return b.extract_element(value, I32(0))
+
+
+@intrinsic
+def lane_sum(typing, x):
+    """The sum of all lanes, halves first."""
+    return types.float32(Floats), lambda context, b, sig, args: emit_sum(b, args[0], b.fadd)
+
+
+@intrinsic
+def lane_max(typing, x):
+    """The largest lane."""
+
+    def generate(context, b, sig, args):
+        return emit_sum(b, args[0], lambda x, y: _call(b, f"llvm.maxnum.v{x.type.count}f32", x, y))
+
+    return types.float32(Floats), generate
+
+
+@intrinsic
+def store_floats(typing, address, values):
+    """Sixteen floats to an address."""
+
+    def generate(context, b, sig, args):
+        b.store(args[1], b.inttoptr(args[0], Floats.llvm.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, Floats), generate
+
+
+@intrinsic
+def store_float(typing, address, value):
+    """One float to an address."""
+
+    def generate(context, b, sig, args):
+        b.store(args[1], b.inttoptr(args[0], F32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32), generate
+
+
+@intrinsic
+def store_codes(typing, address, x):
+    """Sixteen whole numbers from -128 to 127 as bytes, NaN as 0; returns what was stored."""
+
+    def generate(context, b, sig, args):
+        bytes_ = ir.VectorType(I8, LANES)
+        number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
+        codes = b.fptosi(number, bytes_)
+        b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
+        return b.sitofp(codes, Floats.llvm)
+
+    return Floats(types.intp, Floats), generate
+
+
+@intrinsic
+def nearest(typing, x):
+    """Rounded to the nearest whole number, ties to even."""
+    return Floats(Floats), lambda context, b, sig, args: _call(b, _wide("rint"), args[0])

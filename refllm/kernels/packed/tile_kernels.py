@@ -1,0 +1,235 @@
+"""Numba texts of the tile products: activations laid out, and the product of some tiles with some tokens.
+
+One text serves every form of tiles (tiling.Form), any number of tokens and both kinds of activations; what differs is
+constant to the compiler. The sums run block by block along a row in a fixed order, each row in its own lane, so neither
+the number of threads nor of tokens changes a bit of the result. The NumPy text is reference.py.
+
+Activations (of `n` tokens together, a panel) as a kernel reads them, each behind an address:
+
+    x      [panel, block, n, 32]   float32, or int8 codes
+    scale  [panel, block, n]       float32: x = scale * code; not read with float32 activations
+    sums   [panel, block, 3, n]    float32: sum of the 32 numbers x, of the first 16, of the last 16
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+from refllm.kernels.packed.compile import compile_address
+from refllm.kernels.packed.lanes import (
+    divide,
+    every,
+    float_products,
+    fma,
+    integer_products,
+    lane_max,
+    lane_sum,
+    larger,
+    load_floats,
+    load_halves,
+    load_signed,
+    load_unsigned,
+    magnitude,
+    minus_product,
+    nearest,
+    plus,
+    splat,
+    splats,
+    store_codes,
+    store_float,
+    store_floats,
+    store_tokens,
+    times,
+    word,
+    zeros,
+)
+from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
+
+PANELS = 16  # activations of so many panels are used again while they lie in the second-level cache
+TOKENS = 12  # of a panel where there are many: 12 sums, their parts and the codes fill 32 registers
+FIELDS = 6  # of a table of addresses: codes, scale, low, tops, blocks, per
+
+
+def _products(form: Form, integers: bool, n: int, part: int):
+    """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
+    bits, parts, minimum = form.bits, form.parts, form.low in ("minimum", "levels")
+    at = 4 * n * (part + parts - 1)  # of the sums of this part
+
+    @register_jitable(forceinline=True)  # or LLVM hands the sums over through memory
+    def add_products(total, codes, x, step, sums, scale, zero, lowest):
+        of = splats(sums + at, n)
+        if integers:
+            p = times(minus_product(integer_products(codes, x, bits, part, parts, n), zero, of), step)
+        else:
+            p = float_products(codes, x, zero, bits, part, parts, n)
+        total = fma(p, scale, total)
+        if minimum:
+            total = fma(lowest, times(of, step), total)
+        return total
+
+    return add_products
+
+
+def product_text(form: Form, integers: bool, n: int):
+    """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
+
+    weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
+    """
+    if form.scale == "levels":
+        return _levels_text(form, integers, n)
+    offset, block_bytes, parts, two = form.offset, form.block_bytes, form.parts, form.parts == 2
+    half, own_zero, minimum = form.scale == "half", form.low == "zero", form.low == "minimum"
+    scale_bytes, low_bytes = ROWS * (2 if half else 4), ROWS * (2 if minimum else 1)
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    add_first, add_second = (_products(form, integers, n, part) for part in (0, parts - 1))
+
+    @register_jitable
+    def load_group(scale, low):
+        s = load_halves(scale) if half else load_floats(scale)
+        zero = load_unsigned(low) if own_zero else every(offset)
+        return s, zero, load_halves(low) if minimum else zero
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
+        blocks, per = word(weight, 4), word(weight, 5)
+        groups = blocks // per
+        for start in range(0, panels, PANELS):
+            for tile in range(first, last):
+                for panel in range(start, min(start + PANELS, panels)):
+                    total = zeros(n)
+                    code = codes + tile * blocks * block_bytes
+                    some = x + panel * blocks * x_bytes
+                    steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
+                    at, under = scale + tile * groups * parts * scale_bytes, low + tile * groups * parts * low_bytes
+                    for _ in range(groups):
+                        s, zero, lowest = load_group(at, under)
+                        for _ in range(per):
+                            step = splats(steps, n)
+                            total = add_first(total, code, some, step, sums, s, zero, lowest)
+                            if two:
+                                s, zero, lowest = load_group(at + scale_bytes, under + low_bytes)
+                                total = add_second(total, code, some, step, sums, s, zero, lowest)
+                            code += block_bytes
+                            some += x_bytes
+                            steps += step_bytes
+                            sums += sum_bytes
+                        at += parts * scale_bytes
+                        under += parts * low_bytes
+                    store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _levels_text(form: Form, integers: bool, n: int):
+    """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
+    offset, block_bytes, low_levels, two = form.offset, form.block_bytes, form.low == "levels", form.parts == 2
+    top_bytes, level_bytes = 2 * ROWS * (2 if low_levels else 1), ROWS * form.parts
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    above = SUPER // BLOCK
+    add_first, add_second = (_products(form, integers, n, part) for part in (0, form.parts - 1))
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
+        blocks = word(weight, 4)
+        for start in range(0, panels, PANELS):
+            for tile in range(first, last):
+                for panel in range(start, min(start + PANELS, panels)):
+                    total = zeros(n)
+                    code = codes + tile * blocks * block_bytes
+                    some = x + panel * blocks * x_bytes
+                    steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
+                    at, under = scale + tile * blocks * level_bytes, low + tile * blocks * level_bytes
+                    top = tops + tile * (blocks // above) * top_bytes
+                    zero = every(offset)
+                    for _ in range(blocks // above):
+                        d = load_halves(top)
+                        dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
+                        for _ in range(above):
+                            step = splats(steps, n)
+                            s = times(d, load_signed(at))
+                            lowest = times(dmin, load_unsigned(under)) if low_levels else s
+                            total = add_first(total, code, some, step, sums, s, zero, lowest)
+                            if two:
+                                s = times(d, load_signed(at + ROWS))
+                                lowest = times(dmin, load_unsigned(under + ROWS)) if low_levels else s
+                                total = add_second(total, code, some, step, sums, s, zero, lowest)
+                            code += block_bytes
+                            some += x_bytes
+                            steps += step_bytes
+                            sums += sum_bytes
+                            at += level_bytes
+                            under += level_bytes
+                        top += top_bytes
+                    store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
+
+
+@register_jitable
+def _amax(x, columns):
+    """The largest magnitude of `columns` floats (a multiple of 32) and, added to it, NaN if one is not finite."""
+    top, alarm = every(0), every(0)
+    for c in range(0, columns, 16):
+        some = load_floats(x + 4 * c)
+        top = larger(top, magnitude(some))
+        alarm = plus(alarm, times(some, every(0)))
+    return lane_max(top) + lane_sum(alarm)
+
+
+def lay_out_text(n: int):
+    """Activations of the panels first <= panel < last as the products read them; reference: quantize_activations.
+
+    source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32.
+    """
+
+    def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
+        blocks = columns // BLOCK
+        for panel in range(first, last):
+            for i in range(n):
+                token = panel * n + i
+                row = source + token * stride
+                amax = _amax(row, columns) if kind == TOKEN and token < tokens else np.float32(0)
+                for block in range(blocks):
+                    at = (panel * blocks + block) * n + i
+                    sums = x_sums + 4 * ((panel * blocks + block) * 3 * n + i)
+                    here = row + 4 * BLOCK * block
+                    low, high, scale = every(0), every(0), np.float32(0)
+                    if token < tokens:
+                        low, high = load_floats(here), load_floats(here + 64)
+                    if kind == FLOAT:
+                        store_floats(x + 4 * BLOCK * at, low)
+                        store_floats(x + 4 * BLOCK * at + 64, high)
+                        scale = np.float32(1)
+                    else:
+                        if kind == BLOCKS and token < tokens:
+                            amax = _amax(here, BLOCK)
+                        scale = amax / np.float32(127)
+                        # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
+                        divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
+                        low = store_codes(x + BLOCK * at, nearest(divide(low, divisor)))
+                        high = store_codes(x + BLOCK * at + 16, nearest(divide(high, divisor)))
+                    store_float(x_scale + 4 * at, scale)
+                    first_half, second_half = lane_sum(low), lane_sum(high)
+                    store_float(sums, first_half + second_half)
+                    store_float(sums + 4 * n, first_half)
+                    store_float(sums + 8 * n, second_half)
+
+    return lay_out
+
+
+@cache
+def product_address(form: Form, integers: bool, n: int) -> int:
+    """Address of the compiled product: void(weight, x, x_scale, x_sums, y, stride, panels, first, last)."""
+    key = f"_{form.key}_{'int8' if integers else 'float'}_{n}"
+    return compile_address(product_text(form, integers, n), types.void(*[types.intp] * 9), key)
+
+
+@cache
+def lay_out_address(n: int) -> int:
+    """Address of the compiled lay_out."""
+    return compile_address(lay_out_text(n), types.void(*[types.intp] * 10), f"_{n}")

@@ -1,0 +1,251 @@
+"""Tiles: the order of codes and scales in which kernels read a packed weight. Nothing is rounded, nothing is added.
+
+A tile is 16 rows, a block 32 columns of them. Kernels meet the blocks of a tile one after another; a block's codes are
+64-byte vectors whose byte 4 r + c belongs to row r. With codes of w = 1, 2, 4 or 8 bits there are w vectors, and
+
+    bits w s .. w s + w - 1 of byte 4 r + c of vector v   =   code of row r, column 4 (w s + v) + c
+
+so that a shift and a mask give four consecutive columns of every row. Codes of 3, 5 and 6 bits are a plane of 2 or 4
+bits and one of the rest above it (2 + 1, 4 + 1, 4 + 2), each laid out like that, one behind the other.
+
+Scales (and zero points or minima) follow in arrays of their own, sixteen rows side by side:
+
+    w = scale (code - zero)         zero: one number for all, or one a group
+    w = scale code + minimum        minimum: one a group
+    w = (top level) (code - zero)   levels: small integers under a float16 top for 256 columns (K-quants), and
+        - bottom_top bottom_level   for some the same for what is subtracted
+
+Rows and columns that a weight does not have are filled up: with codes of any value, for the activations there are 0.
+A weight that has no such form (groups that do not fall on blocks, table codes) has no tiles: `tiles_of` gives None.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from refllm.kernels.grids import PER_TENSOR, group_count
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+
+ROWS = 16  # of a tile
+BLOCK = 32  # columns
+SUPER = 256  # columns under one top scale
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # widths that make up a code
+MOST_COLUMNS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for.
+
+    Parameters
+    ----------
+    bits : int
+        Of a code.
+    scale : str
+        half, float or levels (int8 under float16).
+    low : str
+        What is subtracted: constant (`offset`), zero (uint8, one a group), minimum (float16, one a group, added), or
+        levels (uint8 under float16).
+    offset : int
+        The constant.
+    parts : int
+        Scales of a block: 1, or 2 where 16 columns share one.
+    """
+
+    bits: int
+    scale: str
+    low: str = "constant"
+    offset: int = 0
+    parts: int = 1
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the codes of a block: 16 rows, 32 columns."""
+        return ROWS * BLOCK * self.bits // 8
+
+    @property
+    def key(self) -> str:
+        """A name for file names."""
+        return f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A weight in tiles.
+
+    Parameters
+    ----------
+    form : Form
+    codes : (tiles, blocks, block_bytes) uint8
+    scale : (tiles, groups, 16) float16 or float32; levels: int8
+        Two groups a block where form.parts is 2.
+    low : the same for zero points (uint8) or minima (float16), or None
+    tops : (tiles, columns / 256, 1 or 2, 16) float16, or None
+        Over the levels: the scale's, and the one of what is subtracted.
+    shape : (out, in)
+    per : int
+        Blocks that share a scale.
+    """
+
+    form: Form
+    codes: np.ndarray
+    scale: np.ndarray
+    low: np.ndarray | None
+    tops: np.ndarray | None
+    shape: tuple[int, int]
+    per: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in self._arrays if a is not None)
+
+    @property
+    def _arrays(self) -> tuple:
+        return self.codes, self.scale, self.low, self.tops
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """Where a kernel finds the arrays: their addresses, then blocks and per; (6,) int64."""
+        addresses = [0 if a is None else a.ctypes.data for a in self._arrays]
+        return np.array([*addresses, self.codes.shape[1], self.per], np.int64)
+
+
+def tile_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes -> tiles.
+
+    Parameters
+    ----------
+    codes : (out, in) uint8, below 2^bits
+
+    Returns
+    -------
+    (ceil(out / 16), ceil(in / 32), 64 bits) uint8
+
+    Examples
+    --------
+    >>> tile_codes(np.arange(32, dtype=np.uint8)[None] % 16, 4)[0, 0, [0, 1, 2, 3, 64, 128, 192]].tolist()
+    [0, 17, 34, 51, 68, 136, 204]
+    """
+    out, columns = codes.shape
+    tiles, blocks = -(-out // ROWS), -(-columns // BLOCK)
+    if (out, columns) != (tiles * ROWS, blocks * BLOCK):
+        codes = np.pad(codes, ((0, tiles * ROWS - out), (0, blocks * BLOCK - columns)))
+    quads = codes.reshape(tiles, ROWS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)  # [tile, block, quad, row, c]
+    made, start, low = np.empty((tiles, blocks, bits, ROWS * 4), np.uint8), 0, 0
+    for width in PLANES[bits]:
+        mask = np.uint8((1 << width) - 1)
+        for v in range(width):
+            vector = np.zeros((tiles, blocks, ROWS, 4), np.uint8)
+            for s in range(8 // width):
+                vector |= (quads[:, :, width * s + v] >> np.uint8(low) & mask) << np.uint8(width * s)
+            made[:, :, start + v] = vector.reshape(tiles, blocks, -1)
+        start, low = start + width, low + width
+    return made.reshape(tiles, blocks, -1)
+
+
+def untile_codes(tiled: np.ndarray, bits: int, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of tile_codes: (tiles, blocks, bytes) -> (out, in) uint8."""
+    tiles, blocks, _ = tiled.shape
+    vectors = tiled.reshape(tiles, blocks, bits, ROWS, 4)
+    quads, start, low = np.zeros((tiles, blocks, BLOCK // 4, ROWS, 4), np.uint8), 0, 0
+    for width in PLANES[bits]:
+        for quad in range(BLOCK // 4):
+            piece = vectors[:, :, start + quad % width] >> np.uint8(quad // width * width) & np.uint8((1 << width) - 1)
+            quads[:, :, quad] |= piece << np.uint8(low)
+        start, low = start + width, low + width
+    return quads.transpose(0, 3, 1, 2, 4).reshape(tiles * ROWS, blocks * BLOCK)[: shape[0], : shape[1]]
+
+
+def tile_numbers(values: np.ndarray) -> np.ndarray:
+    """(out, n) numbers of rows -> (tiles, n, 16), missing rows 0."""
+    out, count = values.shape
+    tiles = -(-out // ROWS)
+    padded = np.zeros((tiles * ROWS, count), values.dtype)
+    padded[:out] = values
+    return np.ascontiguousarray(padded.reshape(tiles, ROWS, count).swapaxes(1, 2))
+
+
+_GGUF = {  # type -> form; the fields of their layouts: q codes, d scale, m minimum, sc and mn levels
+    "Q4_0": Form(4, "half", offset=8),
+    "Q4_1": Form(4, "half", "minimum"),
+    "Q5_0": Form(5, "half", offset=16),
+    "Q5_1": Form(5, "half", "minimum"),
+    "Q8_0": Form(8, "half", offset=128),
+    "Q2_K": Form(2, "levels", "levels", parts=2),
+    "Q3_K": Form(3, "levels", offset=4, parts=2),
+    "Q4_K": Form(4, "levels", "levels"),
+    "Q5_K": Form(5, "levels", "levels"),
+    "Q6_K": Form(6, "levels", offset=32, parts=2),
+}
+
+
+def form_of(weight) -> Form | None:
+    """The form of a record's tiles, or None if it has none."""
+    if weight.shape[1] > MOST_COLUMNS:
+        return None
+    if isinstance(weight, GGUFBlocks):
+        return _GGUF.get(weight.type_name)
+    if not isinstance(weight, IntWeight) or weight.bits not in PLANES:
+        return None
+    groups = group_count(weight.columns, weight.group_size)
+    two = groups > 1 and weight.columns == groups * (BLOCK // 2)
+    if groups > 1 and weight.columns // groups % BLOCK and (not two or groups % 2):
+        return None
+    scale, parts = "half" if weight.scale.dtype == np.float16 else "float", 2 if two else 1
+    if weight.zero_point is None:
+        return Form(weight.bits, scale, "constant", weight.grid.offset, parts)
+    return Form(weight.bits, scale, "zero", 0, parts)
+
+
+_made: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def tiles_of(weight) -> Tiles | None:
+    """The tiles of a record, made once and kept as long as it lives; None if it has none."""
+    if weight not in _made:
+        form = form_of(weight)
+        if form is None:
+            return None
+        _made[weight] = _int_tiles(weight, form) if isinstance(weight, IntWeight) else _gguf_tiles(weight, form)
+    return _made[weight]
+
+
+def _int_tiles(weight: IntWeight, form: Form) -> Tiles:
+    out, columns = weight.shape
+    scale, zero = weight.scales()
+    if weight.group_size == PER_TENSOR:
+        scale, zero = (np.broadcast_to(a, (out, 1)) for a in (scale, zero))
+    per = -(-columns // BLOCK) * form.parts // scale.shape[1]
+    low = tile_numbers(zero.astype(np.uint8)) if form.low == "zero" else None
+    return Tiles(form, tile_codes(weight.unpacked(), form.bits), tile_numbers(scale), low, None, weight.shape, per)
+
+
+def _gguf_tiles(weight: GGUFBlocks, form: Form) -> Tiles:
+    out = weight.shape[0]
+    fields = weight.layout.layout.unpack(weight.data.reshape(out, -1, weight.layout.bytes_per_block))
+    return Tiles(form, *_gguf_arrays(fields, form, out), weight.shape, 1)
+
+
+def _gguf_arrays(fields: dict, form: Form, out: int) -> tuple:
+    row = lambda name: fields[name].reshape(out, -1)
+    codes = row("q")
+    if codes.dtype == np.int8:  # stored in two's complement: the offset makes them unsigned
+        codes = codes.view(np.uint8) ^ np.uint8(form.offset)
+    codes = tile_codes(codes, form.bits)
+    if form.scale != "levels":
+        return codes, tile_numbers(row("d")), tile_numbers(row("m")) if form.low == "minimum" else None, None
+    level = lambda name: (
+        row(name)
+        if name in fields
+        else np.concatenate([fields[f"{name}_low"], fields[f"{name}_high"]], axis=-1).reshape(out, -1)
+    )
+    sc = level("sc")
+    if form.bits == 3:  # Q3_K stores its levels with an offset
+        sc = sc.astype(np.int8) - np.int8(32)
+    names = ("d", "dmin") if form.low == "levels" else ("d",)
+    tops = np.stack([tile_numbers(row(name)) for name in names], axis=2)
+    low = tile_numbers(level("mn")) if form.low == "levels" else None
+    return codes, tile_numbers(sc.astype(np.int8)), low, np.ascontiguousarray(tops)
