@@ -19,6 +19,8 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 
 from refllm import __version__
 from refllm.formats.files import cache_dir
@@ -101,6 +103,16 @@ def _announce(name: str) -> None:
     _announced = True
 
 
+class _NamedCache(FunctionCache):
+    """Numba's cache, but for the hash of what a text's closure holds: words among it hash differently in every process.
+
+    The folder's name says it instead: all sources, and the key that the caller gives each text made from others.
+    """
+
+    def _index_key(self, signature, codegen):
+        return signature, codegen.magic_tuple()
+
+
 def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
     """Compile one function for one signature, or load it from the cache.
 
@@ -110,46 +122,48 @@ def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
         Numba text. Never fastmath: sums keep their order.
     signature : Numba signature
     key : str
-        Distinguishes kernels made from one text (the value of a free variable).
+        Distinguishes kernels made from one text: names the value of every free variable.
 
     Returns
     -------
     callable
         Runs without the interpreter lock.
     """
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
-    return _compiled(function, key, lambda kept: numba.njit([signature], cache=kept, **options)(function))
+    return _compiled(numba.njit(nogil=True, **_OPTIONS)(function), signature, key)
 
 
 def compile_address(function: Callable, signature, key: str = "") -> int:
     """The same as a C function that other kernels call by its address; it stays loaded for the life of the process."""
-    options = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
-    made = _compiled(function, key, lambda kept: numba.cfunc(signature, cache=kept, **options)(function))
+    made = _compiled(CFunc(function, (signature.args, signature.return_type), {}, _OPTIONS), signature, key)
     _functions.append(made)
     return made.address
 
 
-_functions: list = []
+_OPTIONS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
+_functions: list[CFunc] = []
 
 
-def _compiled(function: Callable, key: str, make: Callable[[bool], object]):
-    """make(True) with Numba's cache in the folder of this function and key, or make(False) where there is none."""
+def _compiled(made, signature, key: str):
+    """Compile a dispatcher or C function, with Numba's cache in the folder of this text and key if there is one."""
+    function = made.__wrapped__
+    compile_it = made.compile if isinstance(made, CFunc) else lambda: made.compile(signature)
     with _lock:
         folder = kernel_folder()
-        if folder is None:
-            _announce(function.__name__)
-            return make(False)
-        mine = folder / f"{function.__name__}{key}"
-        if not any(mine.rglob("*.nbc")):
+        mine = None if folder is None else folder / f"{function.__name__}{key}"
+        if mine is None or not any(mine.rglob("*.nbc")):
             _announce(function.__name__)
         elsewhere = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(mine)
+        uncached = made._cache
         try:
-            made = make(True)
-            _sign(mine)
+            if mine is not None:
+                numba.config.CACHE_DIR = str(mine)
+                made._cache = _NamedCache(function)
+            compile_it()
+            if mine is not None:
+                _sign(mine)
         except (OSError, RuntimeError):  # a full or read-only disk: do without the cache
-            numba.config.CACHE_DIR = elsewhere
-            made = make(False)
+            made._cache = uncached
+            compile_it()
         finally:
             numba.config.CACHE_DIR = elsewhere
-        return made
+    return made
