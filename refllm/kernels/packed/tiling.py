@@ -5,8 +5,8 @@ A tile is 16 rows, a block 32 columns of them. Kernels meet the blocks of a tile
 
     bits w s .. w s + w - 1 of byte 4 r + c of vector v   =   code of row r, column 4 (w s + v) + c
 
-so that a shift and a mask give four consecutive columns of every row. Codes of 3, 5 and 6 bits are a plane of 2 or 4
-bits and one of the rest above it (2 + 1, 4 + 1, 4 + 2), each laid out like that, one behind the other.
+so that a shift and a mask give four consecutive columns of every row. Codes of 3, 5, 6 and 7 bits are a plane of 2 or
+4 bits and the rest above it (2 + 1, 4 + 1, 4 + 2; 7 as 4 + 2 + 1), each laid out like that, one behind the other.
 
 Scales (and zero points or minima) follow in arrays of their own, sixteen rows side by side:
 
@@ -31,7 +31,7 @@ from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 ROWS = 16  # of a tile
 BLOCK = 32  # columns
 SUPER = 256  # columns under one top scale
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # widths that make up a code
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths of a code
 MOST_COLUMNS = 1 << 20
 
 
