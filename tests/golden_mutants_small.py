@@ -60,7 +60,7 @@ E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / np.float32(6)
 TABLES = {
     **{f"INT{n}": np.r_[0 : 1 << (n - 1), -(1 << (n - 1)) : 0].astype(np.float32) for n in range(2, 9)},
     "TERNARY": np.float32([-1, 0, 1]), "BINARY": np.float32([-1, 1]), "NF4": np.float32(NF4),
-    "FP4_BNB": np.concatenate([FP4, -FP4]),
+    "FP4_BNB": np.concatenate([FP4, 0 - FP4]),
 }  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def int8_dequantize(tensors: dict[str, np.ndarray]) -> np.ndarray:
 def _quant_map(quant_type: str) -> np.ndarray:
     from refllm.formats.dtypes import FP4_BNB, NF4
 
-    return {"nf4": NF4, "fp4": FP4_BNB}[quant_type].values + np.float32(0)  # bitsandbytes has no -0
+    return {"nf4": NF4, "fp4": FP4_BNB}[quant_type].values.copy()
 
 
 def _read_state(tensors: dict[str, np.ndarray]) -> dict:

@@ -63,7 +63,7 @@ class CodebookFormat:
 
         Notes
         -----
-        Of two codes with one value (0 and -0 of FP4_BNB) the one that is first in code order is used.
+        Of two codes with one value (the two zeros of FP4_BNB) the one that is first in code order is used.
         """
         ties = self.ties if ties is None else ties
         check_choice(self.name, "overflow", overflow, OVERFLOWS)
@@ -129,12 +129,12 @@ def bitsandbytes_fp4_values() -> np.ndarray:
     """The FP4 of bitsandbytes: sign, 2 bits of exponent, 1 of mantissa, divided by the largest value. Not E2M1.
 
     The exponent counts downwards: field 1 is 2^3, field 2 is 2^2, field 3 is 2^1. Field 0 is 0 or 2^-4, far below the
-    others. The code 8 is a second zero.
+    others. The code 8 is a second zero, +0 as in bitsandbytes' table, by which files are decoded.
     Source: bitsandbytes, csrc/kernels.cu (dDequantizeFP4) and functional.get_4bit_type.
     """
     field, mantissa = np.divmod(np.arange(8), 2)
     magnitude = np.where(field == 0, mantissa / 16, (1 + mantissa / 2) * 2.0 ** (4 - field)) / 12
-    return np.concatenate([magnitude, -magnitude])
+    return np.concatenate([magnitude, 0 - magnitude])
 
 
 NF4 = CodebookFormat("NF4", 4, nf4_values)

@@ -34,7 +34,7 @@ def table_values(name: str) -> np.ndarray:
         A name of refllm.formats.dtypes, or DYNAMIC8.
     """
     from refllm.formats.checkpoints.bitsandbytes import dynamic_map
-    from refllm.formats.dtypes import CODEBOOKS, FORMATS
+    from refllm.formats.dtypes import FORMATS
 
     if name == DYNAMIC8:
         return dynamic_map()
@@ -43,8 +43,6 @@ def table_values(name: str) -> np.ndarray:
         known = ", ".join([n for n, f in FORMATS.items() if f.bits <= 8] + [DYNAMIC8, OWN])
         raise ValueError(f"unknown table {name!r}; known: {known}")
     values = form.decode(np.arange(1 << form.bits, dtype=np.uint8))
-    if form in CODEBOOKS:
-        values = values + np.float32(0)  # the second zero of bitsandbytes' FP4 has no sign
     values.flags.writeable = False
     return values
 

@@ -27,7 +27,7 @@ def codes_of(name: str) -> int:
     return high - low + 1
 
 
-def decode(name: str, code: int, fp4_zero_sign: str = "minus") -> float:
+def decode(name: str, code: int, fp4_zero_sign: str = "plus") -> float:
     """The number of a code."""
     if name in LISTS:
         return -0.0 if (name, code, fp4_zero_sign) == ("FP4_BNB", 8, "minus") else LISTS[name][code]

@@ -39,7 +39,8 @@ HEADER = [
 DECODE_HEADER = [
     "Input codes, u8. Param: format. Output x, f32, exact.",
     *FORMAT_TEXT,
-    "Declare fp4_zero_sign=plus if code 8 of FP4_BNB is +0; it is -0 by its fields and +0 in bitsandbytes' table.",
+    "Declare fp4_zero_sign=minus if code 8 of FP4_BNB is -0, as its sign bit says and kernels that compute the value have "
+    "it; it is +0 in bitsandbytes' table, which files carry.",
 ]
 _SOURCE = {"kind": "first_principles", "name": "the header above, in exact fractions"}
 _ML_DTYPES = {"oracle": "ml_dtypes", "version": "0.6.0", "agreement": "differs_documented"}
@@ -51,7 +52,7 @@ _CHECKED = {
     "NF4": [_BNB | {"agreement": "bit_exact", "note": _QUANTIZE + "ties=lower, middle=float32"}],
     "FP4_BNB": [_BNB | {"agreement": "differs_documented", "note": _QUANTIZE + "ties=lower, fp4_zero=code_8"}],
 }  # fmt: skip
-_TABLE_CHECKED = [_BNB | {"agreement": "bit_exact", "note": "get_4bit_type(...); code 8 of FP4 is +0"}]
+_TABLE_CHECKED = [_BNB | {"agreement": "bit_exact", "note": "get_4bit_type(...), signs of zero included"}]
 _NO_FORMAT = {"result": "invalid", "error": "any", "params": {"format": "INT9"}}
 
 
@@ -76,7 +77,8 @@ def decode_suite() -> SuiteSpec:
         source = _SOURCE | ({"cross_checked": _TABLE_CHECKED} if name in ("NF4", "FP4_BNB") else {})
         groups.append(({"params": {"format": name}, "source": source}, _decode_cases(name, 100 * (place + 1))))
     bad = CaseSpec(1, "no such format", ("BadParams",), {"codes": values("u8", [1])}, **_NO_FORMAT)
-    return SuiteSpec(head | {"header": DECODE_HEADER}, DECODE, [*groups, ({"params": {}, "source": _SOURCE}, [bad])])
+    head |= {"header": DECODE_HEADER, "suite_version": "2.0.0"}
+    return SuiteSpec(head, DECODE, [*groups, ({"params": {}, "source": _SOURCE}, [bad])])
 
 
 def head_of(name: str, op: str, title: str, module: str) -> dict:
@@ -118,7 +120,7 @@ def _shared_cases(name: str, base: int, halves: list[Fraction], bits: int, whens
     double = [s * v for v in (2.0**-1074, 2.0**-1023, 2.0**-200) for s in (1, -1)]
     apart = [float(h + side * (abs(h) or Fraction(1, 2**20)) / 2**40) for h in halves for side in (1, -1)]
     numbers = lambda seed: [float(v) for v in dyadic(seed, 24, exp2, 48)]
-    everything = [decode(name, code) for code in range(codes_of(name))]
+    everything = [decode(name, code, "minus") for code in range(codes_of(name))]  # -0 is a number to encode, too
 
     def clear(seed):
         near = lambda x: any(abs(Fraction(x) - h) < Fraction(1, 2**16) for h in halves)
@@ -186,7 +188,7 @@ def _decode_cases(name: str, base: int) -> list[CaseSpec]:
     count = codes_of(name)
 
     def one(id, comment, flags, codes):
-        signs = ("minus", "plus") if name == "FP4_BNB" and 8 in codes else ("minus",)
+        signs = ("plus", "minus") if name == "FP4_BNB" and 8 in codes else ("plus",)
         listed = [({"fp4_zero_sign": s}, values("f32", [decode(name, c, s) for c in codes])) for s in signs]
         bits = {"class": "bits"}
         x = Output(bits, listed[0][1]) if len(listed) == 1 else Output(bits, variants=tuple(listed))
