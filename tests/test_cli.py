@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -285,10 +286,69 @@ def test_golden_is_there(run):
     assert (code, out) == (2, "") and all(f"\n    {name} " in err for name in ("list", "verify", "doctor", "export"))
 
 
-def test_bench(run, run_json):
-    found = run_json("bench", "kernels", "--size", "256", "--rounds", "1")
-    assert found["kernels"][0]["name"] == "numpy-float32" and found["threads"] == 1
-    assert "x NumPy" in run("bench", "kernels", "--size", "256", "--rounds", "1")[1]
+BENCH = {"what": "decode", "threads": 1, "rounds": 5, "programs": {}, "rows": [], "other_work": 0.3}
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """What bench hands to its measuring process; nothing is measured."""
+    from refllm.evaluate.bench import report, worker
+
+    found = []
+    monkeypatch.setattr(worker, "run", lambda job: found.append(job) or BENCH | {"what": job["what"]})
+    monkeypatch.setattr(report, "text", lambda result: f"table of {result['what']}")
+    return found
+
+
+def test_bench_kernels(run):
+    small = ("bench", "kernels", "--shapes", "32x256", "--types", "w8", "--rounds", "1")
+    code, out, _ = run(*small, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["threads"] == 1 and found["what"] == "kernels" and found["machine"]["cpus"] >= 1
+    names = [(row["program"], row["type"], row["detail"]) for row in found["rows"]]
+    assert names[:2] == [("numpy", "float32", ""), ("refllm", "w8", "int8")] and len(names) == 3
+    assert "x NumPy" in run(*small)[1]
+
+
+def test_bench_hands_over(run, jobs, model, tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    code, out, err = run("bench", "decode", file, "--threads", "2", "--activations", "float32", "int8")
+    assert (code, out) == (0, "table of decode\n") and err.startswith("other work took 30% of the processors")
+    run("bench", "prefill", model, file)
+    run("bench", "quantize", "--types", "Q4_K", "--shapes", "8x256", "--recipes", "rtn:bits=4", "--model", model)
+    run("bench", "bandwidth", "--threads", "3")
+    decode, prefill, quantize, bandwidth = jobs
+    common = {"peers": [], "rounds": 5}
+    expected = {"what": "decode", "threads": 2, "tokens": 128, "models": [str(file)]}
+    assert decode == expected | common | {"activations": ["float32", "int8"]}
+    assert prefill["models"] == [model, str(file)] and (prefill["tokens"], prefill["activations"]) == (512, ["int8"])
+    assert quantize["recipes"] == ["rtn:bits=4"] and quantize["shapes"] == [[8, 256]] and not quantize["calibration"]
+    assert bandwidth == {"what": "bandwidth", "threads": 3, "rounds": 9, "peers": []}
+
+
+def test_bench_checks_before_it_measures(run, jobs, model, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for arguments, code, message in (
+        (["kernels", "--peer", "ggml"], 1, "unknown peer 'ggml'; known: llama.cpp"),
+        (["kernels", "--types", "Q4_9"], 1, "unknown type 'Q4_9'; known: w4"),
+        (["kernels", "--types", "Q4_K", "--shapes", "8x100"], 1, "100 columns are no multiple of 256"),
+        (["kernels", "--shapes", "8"], 2, "must be OUTxIN, e.g. 4096x4096, got '8'"),
+        (["kernels", "--plot", "a.jpg"], 1, "the picture must be a .png file"),
+        (["decode", model, "--peer", "llama.cpp"], 2, "to compare with a peer give a .gguf file"),
+        (["decode", tmp_path / "a.gguf", "--peer", "torch, llama.cpp"], 1, "torch is no peer of bench decode"),
+        (["decode", tmp_path / "none.gguf"], 1, "no such file or folder"),
+        (["quantize", "--types", "w4"], 1, "unknown GGUF type 'w4'"),
+        (["quantize", "--recipes", "rtn:bit=4"], 2, "unknown key 'bit'"),
+        (["files", model], 1, "package llama-cpp-python is not installed"),
+    ):
+        if arguments[0] == "files" and find_spec("llama_cpp") is not None:
+            message = "is a folder; llama.cpp needs a .gguf file"
+        found, out, err = run("bench", *arguments)
+        assert (found, out) == (code, "") and message in err and err.count("\n") == 1, (arguments, err)
+    code, out, err = run("bench")
+    assert (code, out) == (2, "") and "bandwidth" in err and "prefill" in err
+    assert jobs == []
 
 
 def test_fetch_prints_where_the_model_is(run, run_json, monkeypatch, tmp_path):

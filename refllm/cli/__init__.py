@@ -16,7 +16,7 @@ from refllm.cli.common import Parser, Silent, UsageError
 def build_parser() -> Parser:
     """The parser of all commands."""
     from refllm import __version__
-    from refllm.cli import learn, measure, models, run
+    from refllm.cli import bench, learn, measure, models, run
 
     parser = Parser(
         prog="refllm",
@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"refllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (measure, run, models, learn):
+    for module in (measure, bench, run, models, learn):
         module.add_commands(commands)
     return parser
 

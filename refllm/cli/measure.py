@@ -1,4 +1,4 @@
-"""compare, perplexity, eval, bench: commands that measure."""
+"""compare, perplexity, eval: commands that measure models."""
 
 from dataclasses import asdict
 
@@ -51,13 +51,6 @@ def add_commands(commands) -> None:
     parser.add_argument("--task", required=True, metavar="FILE.jsonl", help="one item a line; the keys tell its kind")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     add_recipe(parser)
-
-    parser = add_command(commands, "bench", bench, "time the packed kernels against NumPy in the same run")
-    parser.add_argument("what", choices=("kernels",))
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of NumPy and of the kernels (default 1)")
-    parser.add_argument("--size", type=count, default=4096, metavar="N", help="the matrix is N x N (default 4096)")
-    parser.add_argument("--tokens", type=count, default=1, metavar="N", help="rows multiplied at once (default 1)")
-    parser.add_argument("--rounds", type=count, default=21, metavar="N")
 
 
 def compare(args) -> int:
@@ -162,19 +155,3 @@ def evaluate(args) -> None:
         return
     numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
     print(f"{kind}  items {result['items']}  {numbers}")
-
-
-def bench(args) -> None:
-    """Ratios to NumPy's float32 product."""
-    import os
-
-    from refllm.formats.process import thread_variables
-    from refllm.kernels.packed.bench import gemv_ratios, table
-
-    os.environ.update(thread_variables(args.threads))  # the kernels read it at every call; NumPy read it at its import
-    timings = gemv_ratios((args.size, args.size), tokens=args.tokens, rounds=args.rounds)
-    if args.json:
-        result = {"size": args.size, "tokens": args.tokens, "rounds": args.rounds, "threads": args.threads}
-        print_json({**result, "kernels": [asdict(timing) for timing in timings]})
-    else:
-        print(table(timings))

@@ -13,7 +13,6 @@ base model runs first and leaves its log-probabilities in a temporary file, whic
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import numpy as np
 
 from refllm.evaluate.measure import sizes
 from refllm.evaluate.perplexity import check_window, plan
-from refllm.formats.process import thread_variables
+from refllm.formats.process import child_environment
 from refllm.kernels.packed.threads import thread_count
 from refllm.methods.apply import check, compress, needs_calibration
 from refllm.methods.recipes import parse
@@ -293,13 +292,15 @@ def _measure(model: Model, recipe: str, setting: Setting, folder: Path, is_base:
 
 
 def _run_worker(job: dict, threads: int | None) -> dict:
-    environment = {**os.environ, **(thread_variables(threads) if threads else {})}
-    # The worker must find the refllm that runs here, installed or not.
-    here = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "refllm.evaluate.worker"]
     done = subprocess.run(
-        command, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", env=environment, check=False
+        command,
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=child_environment(threads),
+        check=False,
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]

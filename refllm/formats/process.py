@@ -1,6 +1,8 @@
-"""This process: how many threads it may use and how much memory it has taken."""
+"""This process and its children: how many threads they may use, how much memory this one has taken."""
 
+import os
 import sys
+from pathlib import Path
 
 
 def thread_variables(threads: int) -> dict[str, str]:
@@ -13,6 +15,19 @@ def thread_variables(threads: int) -> dict[str, str]:
     """
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     return dict.fromkeys((*names, "NUMBA_NUM_THREADS", "REFLLM_THREADS"), str(threads))
+
+
+def child_environment(threads: int | None = None) -> dict[str, str]:
+    """Environment of a Python process that is to find the refllm that runs here, installed or not.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Of NumPy and of the kernels; None leaves both to themselves.
+    """
+    environment = {**os.environ, **(thread_variables(threads) if threads else {})}
+    here = str(Path(__file__).resolve().parents[2])
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))}
 
 
 def peak_rss_bytes() -> int | None:

@@ -2,10 +2,11 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 
-from refllm.formats.process import peak_rss_bytes, thread_variables
+from refllm.formats.process import child_environment, peak_rss_bytes, thread_variables
 from refllm.formats.progress import Progress
 
 
@@ -22,6 +23,16 @@ def test_thread_variables_are_texts_of_one_number():
     found = thread_variables(3)
     assert set(found.values()) == {"3"} and {"OPENBLAS_NUM_THREADS", "REFLLM_THREADS"} <= set(found)
     assert not set(found) & {"PATH", "HOME"} and isinstance(os.environ.get("PATH", ""), str)
+
+
+def test_a_child_finds_this_refllm(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    found = child_environment(2)
+    first, second = found["PYTHONPATH"].split(os.pathsep)
+    assert (Path(first) / "refllm" / "__init__.py").is_file() and second == "elsewhere"
+    assert found["REFLLM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "2"
+    assert "OPENBLAS_NUM_THREADS" not in child_environment()
 
 
 class Terminal(io.StringIO):
