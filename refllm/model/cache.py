@@ -32,37 +32,46 @@ class DenseStore:
     def __init__(self, dtype=None):
         self.dtype = dtype
         self.length = 0
-        self._k = self._v = self._positions = None
+        self.keys = self.values = self._positions = None
 
     def extend(self, k, v, positions, queries=None):
         """Append T tokens; return views of all S = length tokens. See the module docstring for shapes."""
         self.truncate(positions[0])  # nothing to forget, unless an earlier call was interrupted half-way
         end = self.length + k.shape[-2]
-        if self._k is None:
-            self._k, self._v = (np.empty((*x.shape[:-2], 0, x.shape[-1]), self.dtype or x.dtype) for x in (k, v))
+        K, V = (x[..., :end, :] for x in self.reserve(end, k, v))
+        K[..., self.length :, :] = k
+        V[..., self.length :, :] = v
+        self.claim(positions)
+        return K.astype(k.dtype, copy=False), V.astype(v.dtype, copy=False), self._positions[:end]
+
+    def reserve(self, count, k, v):
+        """The arrays of keys and values (B, Hk, room, D), with room for `count` tokens of the kind of k and v."""
+        if self.keys is None:
+            self.keys, self.values = (np.empty((*x.shape[:-2], 0, x.shape[-1]), self.dtype or x.dtype) for x in (k, v))
             self._positions = np.empty(0, np.int64)
-        if end > self._k.shape[-2]:
-            room = max(end, 2 * self._k.shape[-2], 16)
-            self._k, self._v = (_grown(x, room, axis=-2) for x in (self._k, self._v))
+        if count > self.keys.shape[-2]:
+            room = max(count, 2 * self.keys.shape[-2], 16)
+            self.keys, self.values = (_grown(x, room, axis=-2) for x in (self.keys, self.values))
             self._positions = _grown(self._positions, room, axis=0)
-        self._k[..., self.length : end, :] = k
-        self._v[..., self.length : end, :] = v
+        return self.keys, self.values
+
+    def claim(self, positions):
+        """Count tokens that have been written behind the others, in the arrays of `reserve`."""
+        end = self.length + len(positions)
         self._positions[self.length : end] = positions
         self.length = end
-        K, V = self._k[..., :end, :], self._v[..., :end, :]
-        return K.astype(k.dtype, copy=False), V.astype(v.dtype, copy=False), self._positions[:end]
 
     def truncate(self, length):
         """Forget the tokens at positions >= length (a rejected draft); positions are appended in order."""
-        if self._positions is not None:
+        if self.length and self._positions[self.length - 1] >= length:
             self.length = int(np.searchsorted(self._positions[: self.length], length))
 
     @property
     def nbytes(self):
         """Bytes of the stored keys and values; room kept for growth does not count."""
-        if self._k is None:
+        if self.keys is None:
             return 0
-        return self._k[..., : self.length, :].nbytes + self._v[..., : self.length, :].nbytes
+        return self.keys[..., : self.length, :].nbytes + self.values[..., : self.length, :].nbytes
 
 
 def _grown(x: np.ndarray, room: int, axis: int) -> np.ndarray:
@@ -91,6 +100,8 @@ class KVCache:
     batch : int or None
         Sequences side by side, fixed by the first call.
     stores : list
+    compiled : optional
+        What refllm.model.compiled has prepared for this cache.
     """
 
     def __init__(self, num_layers: int, context_length: int, policy: Callable | None = None):
@@ -98,6 +109,7 @@ class KVCache:
         self.context_length = context_length
         self.length = 0
         self.batch = None
+        self.compiled = None
 
     def check_batch(self, batch: int) -> None:
         """Fix the batch size at the first call; raise a ValueError where a later one brings another."""

@@ -80,6 +80,11 @@ class ModelConfig:
         if not self.norm_eps >= 0:
             raise ValueError(f"config norm_eps must not be negative, got {self.norm_eps!r}")
 
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by: head_dim ** -0.5 unless the architecture says otherwise (Gemma)."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
     def window(self, layer: int) -> int | None:
         """Keys a query of this layer sees, itself included; None = all before it."""
         return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None

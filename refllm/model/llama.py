@@ -7,7 +7,8 @@
 
 What differs between architectures is data in ModelConfig. Three arguments are the seams every later method uses:
 `cache` (what is kept of keys and values), `attend` (how they are read), `observe` (what calibration sees). Packed
-weights need none: `matmul`, and `rows` for the embedding, take either kind. Lesson: lessons/01-forward-pass.md.
+weights need none: `matmul`, and `rows` for the embedding, take either kind. Where none of the three is given, the
+compiled twin of this text (compiled.py) may run in its place. Lesson: lessons/01-forward-pass.md.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from refllm.kernels.nn import ACTIVATIONS, rms_norm
 from refllm.kernels.packed import matmul, rows
 from refllm.kernels.rope import cos_sin, rotate
 from refllm.model.cache import KVCache
-from refllm.model.config import ModelConfig
+from refllm.model.compiled import compiled_for
 from refllm.model.model import Model
 
 
@@ -68,17 +69,30 @@ def forward(
     ids_2d = np.atleast_2d(ids)
     if cache is not None:
         cache.check_batch(len(ids_2d))
-    x = embed(model, ids_2d)  # (B, T, d)
-    positions = np.arange(start, start + ids.shape[-1])
-    for layer in range(config.num_layers):
-        store = None if cache is None else cache.stores[layer]
-        x = block(model, layer, x, positions, store=store, attend=attend, observe=observe)
-    if cache is not None:
-        cache.length = start + ids.shape[-1]
+    plain = attend is None and observe is None and len(ids_2d) == 1
+    fast = compiled_for(model, cache, ids.size) if plain else None
+    if fast is None:
+        x = _all_blocks(model, ids_2d, start, cache, attend, observe)
+    elif ids.size == 1:
+        return _soft_cap(model, fast.decode(int(ids_2d[0, 0]))).reshape(*ids.shape, -1)
+    else:
+        x = fast.prefill(ids_2d[0])[None]
     if last_only:
         x = x[:, -1:]
     logits = head(model, x, observe)
     return logits[0] if ids.ndim == 1 else logits
+
+
+def _all_blocks(model, ids, start, cache, attend, observe):
+    """Hidden states (B, T, d) of ids (B, T) at the positions from `start` on."""
+    x = embed(model, ids)
+    positions = np.arange(start, start + ids.shape[-1])
+    for layer in range(model.config.num_layers):
+        store = None if cache is None else cache.stores[layer]
+        x = block(model, layer, x, positions, store=store, attend=attend, observe=observe)
+    if cache is not None:
+        cache.length = start + ids.shape[-1]
+    return x
 
 
 def check_ids(ids, vocab_size: int) -> np.ndarray:
@@ -111,8 +125,12 @@ def head(model: Model, x: np.ndarray, observe: Callable | None = None) -> np.nda
     name = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
     if observe is not None:
         observe((name,), x)
-    logits = matmul(x, weights[name], model.runtime.activations)
-    cap = config.logit_softcap
+    return _soft_cap(model, matmul(x, weights[name], model.runtime.activations))
+
+
+def _soft_cap(model: Model, logits: np.ndarray) -> np.ndarray:
+    """Logits, pressed into +-cap where the architecture does so."""
+    cap = model.config.logit_softcap
     return logits if cap is None else logits.dtype.type(cap) * np.tanh(logits / logits.dtype.type(cap))
 
 
@@ -199,17 +217,12 @@ def _attention(model, layer, x, positions, store, attend, observe):
         v,
         positions,
         key_positions,
-        scale=attention_scale(config),
+        scale=config.score_scale,
         window=config.window(layer),
         softcap=config.attention_softcap,
     )
     out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H*D)
     return _linear(model, (prefix + "o_proj",), out, observe)[0]
-
-
-def attention_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by: head_dim ** -0.5 unless the architecture says otherwise (Gemma)."""
-    return config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
 
 
 def _mlp(model, prefix, x, observe):

@@ -14,8 +14,10 @@ variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX
 multiply-adds of pairs on any processor. All three give the same integers.
 """
 
+import math
 from functools import cache
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
@@ -126,6 +128,12 @@ load_unsigned = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(
 splat_at = _loader(Floats, F32, lambda b, v: _splat(b, v))
 
 
+@intrinsic
+def load_float(typing, address):
+    """One float."""
+    return types.float32(types.intp), lambda context, b, sig, args: _at(b, args[0], 0, F32)
+
+
 @intrinsic(prefer_literal=True)
 def splats(typing, address, n):
     """n consecutive floats, each in every lane of its own vector."""
@@ -133,6 +141,29 @@ def splats(typing, address, n):
 
     def generate(context, b, sig, args):
         return _join(b, kind, [_splat(b, _at(b, args[0], 4 * i, F32)) for i in range(kind.n)])
+
+    return kind(types.intp, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def splats_apart(typing, address, stride, n):
+    """n floats, `stride` bytes apart, each in every lane of its own vector."""
+    kind = several(Floats, n.literal_value)
+
+    def generate(context, b, sig, args):
+        at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
+        return _join(b, kind, [_splat(b, _at(b, one, 0, F32)) for one in at])
+
+    return kind(types.intp, types.intp, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_several(typing, address, n):
+    """n vectors of floats, one behind another."""
+    kind = several(Floats, n.literal_value)
+
+    def generate(context, b, sig, args):
+        return _join(b, kind, [_at(b, args[0], 64 * i, Floats.llvm) for i in range(kind.n)])
 
     return kind(types.intp, n), generate
 
@@ -425,11 +456,14 @@ def store_float(typing, address, value):
 
 @intrinsic
 def store_codes(typing, address, x):
-    """Sixteen whole numbers from -128 to 127 as bytes, NaN as 0; returns what was stored."""
+    """Sixteen whole numbers as bytes from -127 to 127, those beyond at the ends, NaN as 0; returns what was stored."""
 
     def generate(context, b, sig, args):
         bytes_ = ir.VectorType(I8, LANES)
         number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
+        # Beyond only where the scale was rounded to one of the smallest numbers there are.
+        number = _call(b, _wide("minnum"), number, constant(Floats.llvm, 127.0))
+        number = _call(b, _wide("maxnum"), number, constant(Floats.llvm, -127.0))
         codes = b.fptosi(number, bytes_)
         b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
         return b.sitofp(codes, Floats.llvm)
@@ -441,3 +475,48 @@ def store_codes(typing, address, x):
 def nearest(typing, x):
     """Rounded to the nearest whole number, ties to even."""
     return Floats(Floats), lambda context, b, sig, args: _call(b, _wide("rint"), args[0])
+
+
+@intrinsic
+def exponential(typing, x):
+    """e^x: 2^n e^r with r = x - n ln 2, and e^r by its series up to r^7 (the next term is below 6e-9).
+
+    Below -87, where float32 has no normal numbers left, 0; above 88 as at 88; NaN stays NaN.
+    """
+
+    def generate(context, b, sig, args):
+        number = lambda value: constant(Floats.llvm, float(np.float32(value)))
+        x = _call(b, _wide("minnum"), _call(b, _wide("maxnum"), args[0], number(-88)), number(88))
+        n = _call(b, _wide("rint"), b.fmul(x, number(1 / math.log(2))))
+        high = np.float32(0.693359375)  # ln 2 in two parts: the first has few bits, so that n times it is exact
+        r = emit_fma(b, n, number(-(math.log(2) - float(high))), emit_fma(b, n, number(-high), x))
+        power = number(1 / math.factorial(7))
+        for k in range(6, -1, -1):
+            power = emit_fma(b, power, r, number(1 / math.factorial(k)))
+        exponent = b.shl(b.add(b.fptosi(n, Ints.llvm), constant(Ints.llvm, 127)), constant(Ints.llvm, 23))
+        value = b.fmul(power, b.bitcast(exponent, Floats.llvm))
+        value = b.select(b.fcmp_ordered("<", args[0], number(-87)), number(0), value)
+        return b.select(b.fcmp_unordered("uno", args[0], args[0]), args[0], value)
+
+    return Floats(Floats), generate
+
+
+@intrinsic
+def numbered(typing, first):
+    """first, first + 1 ... first + 15 as floats."""
+
+    def generate(context, b, sig, args):
+        lanes = b.add(_splat(b, b.trunc(args[0], I32)), ir.Constant(Ints.llvm, list(range(LANES))))
+        return b.sitofp(lanes, Floats.llvm)
+
+    return Floats(types.intp), generate
+
+
+@intrinsic
+def where_below(typing, x, limit, yes, no):
+    """yes where x < limit, else no."""
+
+    def generate(context, b, sig, args):
+        return b.select(b.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return Floats(Floats, Floats, Floats, Floats), generate

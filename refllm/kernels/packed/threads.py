@@ -39,13 +39,13 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int) -> None:
         run(0, rows)
         return
     bounds = [rows * i // threads for i in range(threads + 1)]
-    helpers = [_pool(threads - 1).submit(run, bounds[i], bounds[i + 1]) for i in range(1, threads)]
+    helpers = [pool(threads - 1).submit(run, bounds[i], bounds[i + 1]) for i in range(1, threads)]
     run(bounds[0], bounds[1])
     for helper in helpers:
         helper.result()
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
+def pool(size: int) -> ThreadPoolExecutor:
     """One pool per process (a fork has none of its parent's threads) and size."""
     key = os.getpid(), size
     if key not in _pools:

@@ -192,7 +192,7 @@ def form_of(weight) -> Form | None:
         return None
     groups = group_count(weight.columns, weight.group_size)
     two = groups > 1 and weight.columns == groups * (BLOCK // 2)
-    if groups > 1 and weight.columns // groups % BLOCK and (not two or groups % 2):
+    if groups > 1 and weight.columns // groups % BLOCK and not two:
         return None
     scale, parts = "half" if weight.scale.dtype == np.float16 else "float", 2 if two else 1
     if weight.zero_point is None:
@@ -218,6 +218,8 @@ def _int_tiles(weight: IntWeight, form: Form) -> Tiles:
     scale, zero = weight.scales()
     if weight.group_size == PER_TENSOR:
         scale, zero = (np.broadcast_to(a, (out, 1)) for a in (scale, zero))
+    if scale.shape[1] % form.parts:  # a block is half empty
+        scale, zero = (np.pad(a, ((0, 0), (0, 1))) for a in (scale, zero))
     per = -(-columns // BLOCK) * form.parts // scale.shape[1]
     low = tile_numbers(zero.astype(np.uint8)) if form.low == "zero" else None
     return Tiles(form, tile_codes(weight.unpacked(), form.bits), tile_numbers(scale), low, None, weight.shape, per)

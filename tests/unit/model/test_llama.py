@@ -9,7 +9,7 @@ from refllm.kernels.attention import attend
 from refllm.kernels.nn import silu
 from refllm.kernels.rope import Rope, cos_sin, rotate
 from refllm.model.cache import DenseStore, new_cache
-from refllm.model.llama import attention_scale, check_ids, forward
+from refllm.model.llama import check_ids, forward
 from refllm.model.model import Runtime
 from tests.models import ARCHITECTURES, random_model
 from tests.twins import slow_logits
@@ -302,8 +302,8 @@ def test_attend_argument_goes_before_the_models_own():
 
 def test_attention_scale_of_the_config():
     model = random_model("llama")
-    assert attention_scale(model.config) == 8**-0.5
-    assert attention_scale(replace(model.config, attention_scale=0.25)) == 0.25
+    assert model.config.score_scale == 8**-0.5
+    assert replace(model.config, attention_scale=0.25).score_scale == 0.25
 
 
 # The cache policy

@@ -1,0 +1,52 @@
+"""What the compiled forward pass is told of a model: records of addresses and sizes, as NumPy structured types.
+
+model/compiled.py fills them in, decode_step.py and prefill.py read them: one compiled text for every model. An address
+0 means that the model has no such thing.
+"""
+
+import numpy as np
+
+_ADDRESS = np.int64
+
+LINEAR = np.dtype(
+    [
+        ("table", _ADDRESS),  # of the weight, as its kernel wants it
+        ("kernel", _ADDRESS),  # a tile product for the number of tokens at hand
+        ("kind", np.int64),  # of activations: FLOAT, BLOCKS, TOKEN
+        ("tiles", np.int64),
+        ("bias", _ADDRESS),  # padded to whole tiles
+    ]
+)
+
+LAYER = np.dtype(
+    [(name, LINEAR) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    + [(name, _ADDRESS) for name in ("input_norm", "q_norm", "k_norm", "attention_norm", "mlp_norm", "output_norm")]
+    + [
+        ("cos", _ADDRESS),  # (tokens, head_dim / 2) of the tokens at hand, likewise sin
+        ("sin", _ADDRESS),
+        ("keys", _ADDRESS),  # (kv heads, room, head_dim) float32, likewise values
+        ("values", _ADDRESS),
+        ("room", np.int64),
+        ("window", np.int64),  # 0: none
+    ]
+)
+
+HEAD = np.dtype([("norm", _ADDRESS), ("linear", LINEAR)])
+
+# Rows of numbers, one a token, as long as `model/compiled.py` pads them: to whole blocks of 32.
+BUFFERS = np.dtype(
+    [
+        (name, _ADDRESS)
+        for name in (
+            "x",  # the residual stream
+            "q", "k", "v",
+            "mixed",  # what attention gives
+            "gate", "up",
+            "branch",  # what o and down give
+            "logits",  # of one token
+            "laid",  # activations laid out, of many tokens
+            "lay_out",  # the kernel that lays out
+            "meeting",  # of the team
+        )
+    ]
+)  # fmt: skip

@@ -1,0 +1,289 @@
+"""Many tokens through all layers in one compiled call: the twin of model/llama.py for a prompt.
+
+The text is decode_step's for many tokens. Tokens are divided among the members of the team where a step works token by
+token (norms, laying activations out, the rotation), rows of weights in the products, heads and queries in attention.
+
+Attention goes over keys in blocks with a running softmax (FlashAttention's recurrence: methods/attention/flash.py
+explains it), sixteen queries at a time, one to a lane.
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+from refllm.kernels.packed.compile import compile_kernel
+from refllm.kernels.packed.decode_step import activate, copy, norm, records, rotate, tanh
+from refllm.kernels.packed.lanes import (
+    divide,
+    every,
+    exponential,
+    fma,
+    larger,
+    load_float,
+    load_floats,
+    load_several,
+    numbered,
+    plus,
+    splat,
+    splats,
+    splats_apart,
+    store_float,
+    store_floats,
+    store_tokens,
+    times,
+    where_below,
+    zeros,
+)
+from refllm.kernels.packed.plan import BUFFERS, LAYER
+from refllm.kernels.packed.team import barrier, call, share
+from refllm.kernels.packed.tile_kernels import TOKENS
+from refllm.kernels.packed.tiling import BLOCK, ROWS
+
+LANES = 16  # queries at a time
+SOME = 8  # keys, or columns of values, at a time
+KEY_BLOCK = 64
+
+
+@register_jitable
+def _scores(query, keys, count, dim, scale, cap, out):
+    """out[j] = scale * (key j . each of sixteen queries), capped; query : (dim, 16), out : (count, 16)."""
+    whole = count // SOME * SOME
+    for j in range(0, whole, SOME):
+        total = zeros(SOME)
+        for c in range(dim):
+            total = fma(load_floats(query + 64 * c), splats_apart(keys + 4 * (dim * j + c), 4 * dim, SOME), total)
+        store_tokens(out + 64 * j, 64, times(total, splat(scale)))
+    for j in range(whole, count):
+        one = every(0)
+        for c in range(dim):
+            one = fma(load_floats(query + 64 * c), splat(load_float(keys + 4 * (dim * j + c))), one)
+        store_floats(out + 64 * j, times(one, splat(scale)))
+    if cap > 0:
+        for j in range(count):
+            store_floats(out + 64 * j, times(splat(cap), tanh(divide(load_floats(out + 64 * j), splat(cap)))))
+
+
+@register_jitable
+def _mask(scores, first_key, count, queries, window):
+    """-inf where a key is later than the query, or further back than the window."""
+    never = splat(np.float32(-np.inf))
+    for j in range(count):
+        some = load_floats(scores + 64 * j)
+        key = splat(np.float32(first_key + j))
+        some = where_below(queries, key, never, some)
+        if window:
+            some = where_below(key, plus(queries, splat(np.float32(1 - window))), never, some)
+        store_floats(scores + 64 * j, some)
+
+
+@register_jitable
+def _add_values(shares, values, count, dim, fade, out):
+    """out = fade * out + sum over keys of share * value; shares : (count, 16), out : (dim, 16)."""
+    whole = dim // SOME * SOME
+    for c in range(0, whole, SOME):
+        total = times(load_several(out + 64 * c, SOME), fade)
+        for j in range(count):
+            total = fma(load_floats(shares + 64 * j), splats(values + 4 * (dim * j + c), SOME), total)
+        store_tokens(out + 64 * c, 64, total)
+    for c in range(whole, dim):
+        one = times(load_floats(out + 64 * c), fade)
+        for j in range(count):
+            one = fma(load_floats(shares + 64 * j), splat(load_float(values + 4 * (dim * j + c))), one)
+        store_floats(out + 64 * c, one)
+
+
+@register_jitable
+def _attend_some(query, keys, values, first, tokens, dim, scale, cap, window, own, out, out_stride):
+    """Attention of up to sixteen queries at the positions first, first + 1 ... over the keys 0 .. first + tokens - 1.
+
+    query : (tokens, ...) rows of one head, out_stride bytes apart; own : room for (2 dim + KEY_BLOCK, 16) floats.
+    """
+    turned, sums, scores = own, own + 64 * dim, own + 128 * dim
+    for c in range(dim):
+        store_floats(turned + 64 * c, every(0))
+        store_floats(sums + 64 * c, every(0))
+        for i in range(tokens):
+            store_float(turned + 64 * c + 4 * i, load_float(query + out_stride * i + 4 * c))
+    queries = numbered(first)
+    most, total = splat(np.float32(-np.inf)), every(0)
+    begin = max(0, first + 1 - window) // KEY_BLOCK * KEY_BLOCK if window else 0
+    for start in range(begin, first + tokens, KEY_BLOCK):
+        count = min(KEY_BLOCK, first + tokens - start)
+        _scores(turned, keys + 4 * dim * start, count, dim, scale, cap, scores)
+        if start + count > first or window:
+            _mask(scores, start, count, queries, window)
+        top = most
+        for j in range(count):
+            top = larger(top, load_floats(scores + 64 * j))
+        # A lane that has seen no key yet has the maximum -inf; 0 in its place keeps -inf - -inf away.
+        base = where_below(top, splat(np.float32(-3e38)), every(0), top)
+        fade = exponential(plus(most, times(base, every(-1))))
+        most, total = top, times(total, fade)
+        for j in range(count):
+            some = exponential(plus(load_floats(scores + 64 * j), times(base, every(-1))))
+            store_floats(scores + 64 * j, some)
+            total = plus(total, some)
+        _add_values(scores, values + 4 * dim * start, count, dim, fade, sums)
+    for c in range(dim):
+        store_floats(sums + 64 * c, divide(load_floats(sums + 64 * c), total))
+        for i in range(tokens):
+            store_float(out + out_stride * i + 4 * c, load_float(sums + 64 * c + 4 * i))
+
+
+@register_jitable
+def _laid(buffers, tokens, columns):
+    """Where activations of so many columns stand laid out: numbers, scales, sums."""
+    blocks, panels = (columns + BLOCK - 1) // BLOCK, (tokens + TOKENS - 1) // TOKENS
+    scale = buffers.laid + 4 * BLOCK * blocks * TOKENS * panels
+    return buffers.laid, scale, scale + 4 * blocks * TOKENS * panels
+
+
+@register_jitable
+def _lay_out(linear, laid_out, source, tokens, columns, buffers, thread, threads):
+    """This member's panels of the activations that a linear takes, unless they stand there; then all wait.
+
+    source : rows as long as `columns` padded to blocks. Returns the kind that stands there now.
+    """
+    if linear.kind != laid_out:
+        if laid_out >= 0:  # others may still read what stands there
+            barrier(buffers.meeting, threads)
+        padded = (columns + BLOCK - 1) // BLOCK * BLOCK
+        x, scale, sums = _laid(buffers, tokens, columns)
+        first, last = share((tokens + TOKENS - 1) // TOKENS, thread, threads)
+        call(buffers.lay_out, (source, tokens, padded, 4 * padded, linear.kind, x, scale, sums, first, last))
+        barrier(buffers.meeting, threads)
+    return linear.kind
+
+
+@register_jitable
+def _product(linear, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads):
+    """This member's rows of one linear for all tokens, its bias added; y has rows of `out_bytes`.
+
+    laid_out : as in decode_step; returned likewise.
+    """
+    laid_out = _lay_out(linear, laid_out, source, tokens, columns, buffers, thread, threads)
+    x, scale, sums = _laid(buffers, tokens, columns)
+    panels = (tokens + TOKENS - 1) // TOKENS
+    first, last = share(linear.tiles, thread, threads)
+    if first < last:
+        call(linear.kernel, (linear.table, x, scale, sums, y, out_bytes, panels, first, last))
+        if linear.bias:
+            for t in range(tokens):
+                for i in range(first * ROWS, last * ROWS, 16):
+                    place = y + out_bytes * t + 4 * i
+                    store_floats(place, plus(load_floats(place), load_floats(linear.bias + 4 * i)))
+    return laid_out
+
+
+@register_jitable
+def _heads(x, stride, first, last, heads, dim, gain, eps, cos, sin, own):
+    """Norm (where there is a gain) and rotate the heads of some tokens, in place."""
+    for t in range(first, last):
+        for h in range(heads):
+            place = x + stride * t + 4 * dim * h
+            if gain:
+                norm(place, dim, gain, eps, place, 0)
+            rotate(place, dim, cos + 2 * dim * t, sin + 2 * dim * t, own)
+            copy(own, dim, place)
+
+
+@register_jitable
+def _add_branch(x, branch, stride, first, last, hidden, gain, eps, own):
+    """x += branch, or its norm, for some tokens."""
+    for t in range(first, last):
+        other = branch + stride * t
+        if gain:
+            norm(other, hidden, gain, eps, own, 0)
+            other = own
+        for i in range(hidden):
+            place = x + stride * t + 4 * i
+            store_float(place, load_float(place) + load_float(other + 4 * i))
+
+
+@register_jitable
+def _norms(x, stride, first, last, hidden, gain, eps, out):
+    padded = (hidden + BLOCK - 1) // BLOCK * BLOCK
+    for t in range(first, last):
+        norm(x + stride * t, hidden, gain, eps, out + stride * t, padded)
+
+
+def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, start, tokens):
+    """Hidden states of tokens whose vectors stand in buffers.x, in place; keys and values are appended to the cache.
+
+    The arguments are decode_step's; the buffers have room for all tokens.
+    """
+    hidden, heads, kv_heads, dim, wide, gelu = sizes
+    eps, scale, cap = numbers
+    buffers = buffers[0]
+    x, meeting, branch, gate, up = buffers.x, buffers.meeting, buffers.branch, buffers.gate, buffers.up
+    q, k, v, mixed = buffers.q, buffers.k, buffers.v, buffers.mixed
+    mine = own + thread * own_bytes
+    row_bytes = 4 * ((hidden + BLOCK - 1) // BLOCK * BLOCK)
+    q_bytes = 4 * ((heads * dim + BLOCK - 1) // BLOCK * BLOCK)
+    kv_bytes = 4 * ((kv_heads * dim + BLOCK - 1) // BLOCK * BLOCK)
+    wide_bytes = 4 * ((wide + BLOCK - 1) // BLOCK * BLOCK)
+    per_group, query_blocks = heads // kv_heads, (tokens + LANES - 1) // LANES
+    first, last = share((tokens + TOKENS - 1) // TOKENS, thread, threads)
+    first, last = min(first * TOKENS, tokens), min(last * TOKENS, tokens)  # the tokens that this member lays out
+    for n in range(len(layers)):
+        layer = layers[n]
+        _norms(x, row_bytes, first, last, hidden, layer.input_norm, eps, branch)
+        kind = _product(layer.q, -1, branch, tokens, hidden, buffers, q, q_bytes, thread, threads)
+        kind = _product(layer.k, kind, branch, tokens, hidden, buffers, k, kv_bytes, thread, threads)
+        _product(layer.v, kind, branch, tokens, hidden, buffers, v, kv_bytes, thread, threads)
+        barrier(meeting, threads)
+        room = layer.room * dim * 4
+        _heads(q, q_bytes, first, last, heads, dim, layer.q_norm, eps, layer.cos, layer.sin, mine)
+        _heads(k, kv_bytes, first, last, kv_heads, dim, layer.k_norm, eps, layer.cos, layer.sin, mine)
+        for t in range(first, last):
+            for h in range(kv_heads):
+                at, of = h * room + 4 * dim * (start + t), kv_bytes * t + 4 * dim * h
+                copy(k + of, dim, layer.keys + at)
+                copy(v + of, dim, layer.values + at)
+        barrier(meeting, threads)
+        for unit in range(thread, heads * query_blocks, threads):  # by turns: late queries see more keys
+            h, block = unit % heads, unit // heads
+            at, of = q_bytes * LANES * block + 4 * dim * h, h // per_group * room
+            some = min(LANES, tokens - LANES * block)
+            _attend_some(
+                q + at, layer.keys + of, layer.values + of, start + LANES * block, some, dim, scale, cap, layer.window,
+                mine, mixed + at, q_bytes,
+            )  # fmt: skip
+        barrier(meeting, threads)
+        _product(layer.o, -1, mixed, tokens, heads * dim, buffers, branch, row_bytes, thread, threads)
+        barrier(meeting, threads)
+        _add_branch(x, branch, row_bytes, first, last, hidden, layer.attention_norm, eps, mine)
+        _norms(x, row_bytes, first, last, hidden, layer.mlp_norm, eps, branch)
+        kind = _product(layer.gate, -1, branch, tokens, hidden, buffers, gate, wide_bytes, thread, threads)
+        _product(layer.up, kind, branch, tokens, hidden, buffers, up, wide_bytes, thread, threads)
+        first_tile, last_tile = share(layer.gate.tiles, thread, threads)
+        for t in range(tokens):  # the same rows of both: no need to wait
+            at = wide_bytes * t + 4 * ROWS * first_tile
+            activate(gate + at, up + at, (last_tile - first_tile) * ROWS, gelu)
+        barrier(meeting, threads)
+        _product(layer.down, -1, gate, tokens, wide, buffers, branch, row_bytes, thread, threads)
+        barrier(meeting, threads)
+        _add_branch(x, branch, row_bytes, first, last, hidden, layer.output_norm, eps, mine)
+
+
+def own_bytes(most: int, dim: int) -> int:
+    """Bytes that each member needs: a vector of `most` columns, or what attention of sixteen queries needs."""
+    return max(4 * most, 64 * (2 * dim + KEY_BLOCK))
+
+
+def laid_bytes(most: int, tokens: int) -> int:
+    """Bytes of the activations of all tokens laid out: numbers, scales, sums."""
+    panels = -(-tokens // TOKENS)
+    return (4 * most + most // 2) * TOKENS * panels
+
+
+@cache
+def prefill_kernel():
+    """The compiled prefill; releases the interpreter lock."""
+    sizes, numbers = types.UniTuple(types.intp, 6), types.UniTuple(types.float32, 3)
+    return compile_kernel(
+        prefill,
+        types.void(types.intp, types.intp, sizes, numbers, records(LAYER), records(BUFFERS), *[types.intp] * 4),
+    )

@@ -1,0 +1,269 @@
+"""The compiled forward pass: what the texts of kernels/packed need of a model, gathered once for each cache.
+
+    decode_step   one token, layer after layer, to the logits
+    prefill       many tokens to the hidden states, which `llama.head` makes logits of
+
+`compiled_for(model, cache)` gives both, or None where the readable forward pass has to do it: weights in float64 or
+without a kernel, a method's own attention or cache, a batch, REFLLM_KERNELS=numpy. Both give the same numbers up to the
+rounding of float32 sums; with int8 activations a number that lies on the border between two codes may fall on either
+side.
+"""
+
+import numpy as np
+
+from refllm.kernels.packed import backend, has_codes, rows
+from refllm.kernels.packed.base import is_record
+from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
+from refllm.kernels.rope import cos_sin
+from refllm.model.cache import DenseStore, KVCache
+from refllm.model.model import Model
+
+LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+FIELDS = tuple(name.split(".")[1] for name in LINEARS)  # their names in a layer's record
+EMBEDDING = "model.embed_tokens.weight"
+CHUNK = 576  # tokens of a prompt at once: their activations take a few megabytes
+
+
+def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled | None":
+    """The compiled forward pass of a model through a cache, or None.
+
+    Parameters
+    ----------
+    model : Model
+    cache : KVCache or None
+        Of one sequence; may have seen any number of tokens. None: many tokens get one that is forgotten afterwards.
+    tokens : int
+        How many are to come. Many need every linear of the layers packed: for float32 ones BLAS is the faster way.
+    """
+    if backend() != "numba" or model.runtime.attend is not None or (cache is None and tokens == 1):
+        return None
+    if tokens > 1 and not all(is_record(model.weights[name]) for name in _linears(model)):
+        return None
+    if cache is None:
+        cache = KVCache(model.config.num_layers, model.config.context_length)
+        cache.batch = 1
+    if cache.batch != 1:
+        return None
+    if cache.compiled is None or cache.compiled[0] is not model:
+        cache.compiled = model, Compiled(model, cache) if _takes(model, cache) else None
+    return cache.compiled[1]
+
+
+def _linears(model: Model) -> list[str]:
+    """The names of all linears of all layers."""
+    layers = range(model.config.num_layers)
+    return [f"model.layers.{layer}.{name}_proj.weight" for layer in layers for name in LINEARS]
+
+
+def _takes(model: Model, cache: KVCache) -> bool:
+    """Whether every store and every weight has a place in the compiled texts."""
+    from refllm.kernels.packed.tiling import form_of
+
+    if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
+        return False
+    for name, weight in model.weights.items():
+        if name == EMBEDDING and not model.config.tied_embeddings:
+            continue  # only rows of it are read
+        if form_of(weight) is None if is_record(weight) else weight.dtype != np.float32:
+            return False
+    return True
+
+
+class Compiled:
+    """Addresses of everything a token meets, and the arrays they point into."""
+
+    def __init__(self, model: Model, cache: KVCache):
+        from refllm.kernels.packed.plan import HEAD
+        from refllm.kernels.packed.team import new_meeting
+
+        self.model, self.cache = model, cache
+        config = model.config
+        self._kept = []  # whatever an address points to
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._widths = {
+            "x": config.hidden_size,
+            "q": heads,
+            "k": kv_heads,
+            "v": kv_heads,
+            "mixed": heads,
+            "gate": config.intermediate_size,
+            "up": config.intermediate_size,
+            "branch": config.hidden_size,
+        }
+        self._most = _padded(max(self._widths.values()))
+        self._meeting = self._address(new_meeting())
+        self._x, self._buffers = self._new_buffers(1)
+        self._logits = np.zeros(_padded(config.vocab_size), np.float32)
+        self._buffers["logits"] = self._address(self._logits)
+        ropes = dict.fromkeys(config.layer_rope(layer) for layer in range(config.num_layers))
+        self._rotations = {rope: np.zeros((2, CHUNK, config.head_dim // 2), np.float32) for rope in ropes}
+        self._layers = np.concatenate([self._layer(layer) for layer in range(config.num_layers)])
+        name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
+        self._head = np.array([(self._gain("model.norm.weight"), self._linear(name, 1))], HEAD)
+        self._many: tuple | None = None  # what prefill needs beside: tokens, x, buffers, layers
+        self._known: list = []
+        self._own = np.empty(0, np.uint8)
+        gelu = int(config.activation == "gelu_tanh")
+        self._sizes = (
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size, gelu,
+        )  # fmt: skip
+        self._numbers = tuple(map(np.float32, (config.norm_eps, config.score_scale, config.attention_softcap or 0)))
+        self._work = sum(int(np.prod(model.weights[name].shape)) for name in _linears(model))
+
+    def decode(self, token: int) -> np.ndarray:
+        """Logits (V,) float32, before any soft-cap, of the token that follows what the cache has seen."""
+        from refllm.kernels.packed import decode_step as text
+
+        position = self.cache.length
+        self._prepare(position, 1)
+        self._embed(np.array([token]), self._x)
+        arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
+        each = text.own_bytes(self._most, self._known[0].shape[-2])
+        self._run(text.step_kernel(), arguments, each, (position,), 1)
+        self._finish(position, 1)
+        return self._logits[: self.model.config.vocab_size].copy()
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Hidden states (T, d) float32 of T tokens that follow what the cache has seen."""
+        out = np.empty((len(ids), self.model.config.hidden_size), np.float32)
+        for start in range(0, len(ids), CHUNK):
+            out[start : start + CHUNK] = self._prefill_chunk(ids[start : start + CHUNK])
+        return out
+
+    def _prefill_chunk(self, ids: np.ndarray) -> np.ndarray:
+        from refllm.kernels.packed import prefill as text
+        from refllm.kernels.packed.tile_kernels import TOKENS
+
+        config, position, tokens = self.model.config, self.cache.length, len(ids)
+        if self._many is None or self._many[0] < tokens:
+            self._many = self._make_many(-(-tokens // TOKENS) * TOKENS)
+        _, x, buffers, layers = self._many
+        self._prepare(position, tokens)
+        for name in ("keys", "values", "room"):
+            layers[name] = self._layers[name]
+        self._embed(ids, x)
+        arguments = self._sizes, self._numbers, layers, buffers
+        each = text.own_bytes(self._most, config.head_dim)
+        self._run(text.prefill_kernel(), arguments, each, (position, tokens), tokens)
+        self._finish(position, tokens)
+        return x[:tokens, : config.hidden_size]
+
+    def _embed(self, ids: np.ndarray, x: np.ndarray) -> None:
+        """Token vectors into the first columns of x."""
+        hidden = x[: len(ids), : self.model.config.hidden_size]
+        hidden[:] = rows(self.model.weights[EMBEDDING], ids)
+        hidden *= np.float32(self.model.config.embedding_scale)
+
+    def _make_many(self, tokens: int) -> tuple:
+        """Buffers for so many tokens, and the layers' records with the kernels for many."""
+        from refllm.kernels.packed import prefill as text
+        from refllm.kernels.packed.tile_kernels import TOKENS
+
+        x, buffers = self._new_buffers(tokens)
+        buffers["laid"] = self._address(np.empty(text.laid_bytes(self._most, tokens), np.uint8))
+        layers = self._layers.copy()
+        for i, name in enumerate(_linears(self.model)):
+            layer, which = divmod(i, len(LINEARS))
+            layers[FIELDS[which]]["kernel"][layer] = self._linear(name, TOKENS)[1]
+        return tokens, x, buffers, layers
+
+    def _new_buffers(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """X, and the addresses of all buffers: rows padded to blocks, as many as fill the panels of products."""
+        from refllm.kernels.packed.plan import BUFFERS
+        from refllm.kernels.packed.tile_kernels import TOKENS, lay_out_address
+
+        buffers = np.zeros(1, BUFFERS)
+        arrays = {name: np.zeros((tokens, _padded(width)), np.float32) for name, width in self._widths.items()}
+        for name, array in arrays.items():
+            buffers[name] = self._address(array)
+        buffers["lay_out"] = lay_out_address(1 if tokens == 1 else TOKENS)
+        buffers["meeting"] = self._meeting
+        return arrays["x"], buffers
+
+    def _prepare(self, position: int, tokens: int) -> None:
+        """Rotations of the next tokens, room for them in every store, and the addresses of arrays that have moved."""
+        config, stores = self.model.config, self.cache.stores
+        for rope, rotation in self._rotations.items():
+            rotation[:, :tokens] = cos_sin(rope, config.head_dim, np.arange(position, position + tokens), np.float32)
+        for store in stores:
+            store.truncate(position)
+        moved = not self._known or any(s.keys is not k for s, k in zip(stores, self._known, strict=True))
+        if moved or position + tokens > self._known[0].shape[-2]:
+            none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
+            for layer, store in zip(self._layers, stores, strict=True):
+                keys, values = store.reserve(position + tokens, none, none)
+                layer["keys"], layer["values"], layer["room"] = keys.ctypes.data, values.ctypes.data, keys.shape[-2]
+            self._known = [store.keys for store in stores]
+
+    def _run(self, kernel, arguments: tuple, each: int, rest: tuple, tokens: int) -> None:
+        """The kernel on a team; every member gets `each` bytes of its own."""
+        from refllm.kernels.packed.team import run_team
+
+        threads = min(thread_count(), max(1, self._work * tokens // MINIMUM_WORK))
+        if self._own.size < each * threads:
+            self._own = np.empty(each * threads, np.uint8)
+        own = self._own.ctypes.data
+        run_team(lambda thread, threads: kernel(thread, threads, *arguments, own, each, *rest), threads)
+
+    def _finish(self, position: int, tokens: int) -> None:
+        """Count the new tokens."""
+        for store in self.cache.stores:
+            store.claim(range(position, position + tokens))
+        self.cache.length = position + tokens
+
+    def _layer(self, layer: int) -> np.ndarray:
+        from refllm.kernels.packed.plan import LAYER
+
+        config, prefix = self.model.config, f"model.layers.{layer}."
+        gain = lambda name: self._gain(f"{prefix}{name}.weight")
+        made = np.zeros(1, LAYER)
+        for field, name in zip(FIELDS, LINEARS, strict=True):
+            made[field] = self._linear(f"{prefix}{name}_proj.weight", 1)
+        made["input_norm"] = gain("input_layernorm")
+        if config.qk_norm:
+            made["q_norm"], made["k_norm"] = gain("self_attn.q_norm"), gain("self_attn.k_norm")
+        if config.post_norms:
+            made["attention_norm"] = gain("post_attention_layernorm")
+            made["mlp_norm"] = gain("pre_feedforward_layernorm")
+            made["output_norm"] = gain("post_feedforward_layernorm")
+        else:
+            made["mlp_norm"] = gain("post_attention_layernorm")
+        made["cos"], made["sin"] = (part.ctypes.data for part in self._rotations[config.layer_rope(layer)])
+        made["window"] = config.window(layer) or 0
+        return made
+
+    def _gain(self, name: str) -> int:
+        """Address of a norm's gain, its offset added."""
+        gain = self.model.weights[name] + np.float32(self.model.config.norm_offset)
+        return self._address(np.ascontiguousarray(gain, np.float32))
+
+    def _linear(self, name: str, n: int) -> tuple[int, int, int, int, int]:
+        """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias."""
+        from refllm.kernels.packed.decode_step import dense_address
+        from refllm.kernels.packed.quantized import GGUFBlocks
+        from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, product_address
+        from refllm.kernels.packed.tiling import ROWS, tiles_of
+
+        weight = self.model.weights[name]
+        tiles = -(-weight.shape[0] // ROWS)
+        bias = self.model.weights.get(name.removesuffix("weight") + "bias")
+        bias = 0 if bias is None else self._address(np.pad(bias, (0, tiles * ROWS - len(bias))))
+        if not is_record(weight):
+            weight = np.require(weight, np.float32, ["C", "A"])
+            table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
+            return self._address(table), dense_address(), FLOAT, tiles, bias
+        made, kind = tiles_of(weight), FLOAT
+        if self.model.runtime.activations == "int8" and has_codes(weight):
+            kind = BLOCKS if isinstance(weight, GGUFBlocks) else TOKEN
+        self._kept.append(made)
+        return self._address(made.table), product_address(made.form, kind != FLOAT, n), kind, tiles, bias
+
+    def _address(self, array: np.ndarray) -> int:
+        """Where an array lies; it is kept as long as this step."""
+        self._kept.append(array)
+        return array.ctypes.data
+
+
+def _padded(width: int) -> int:
+    """A width as a multiple of 32: products write whole tiles and read whole blocks."""
+    return -(-width // 32) * 32

@@ -1,0 +1,136 @@
+"""The compiled forward pass is the readable one: every architecture, dense and packed, one token and many."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import refllm
+from refllm.kernels.packed import threads
+from refllm.kernels.packed.quantized import IntWeight
+from refllm.model import compiled
+from refllm.model.cache import DenseStore, KVCache, new_cache
+from refllm.model.llama import forward
+from tests.models import ARCHITECTURES, random_model
+
+IDS = np.random.default_rng(0).integers(0, 64, 100)  # longer than a block of keys, than every window, than six panels
+SHAPES = {
+    "even": dict(head_dim=16),
+    "tails": dict(hidden_size=80, intermediate_size=112, head_dim=12),  # no multiple of a vector, a tile, a block
+    "caps": dict(head_dim=24, attention_softcap=4.0, logit_softcap=3.0),
+}
+
+
+def packed(model, recipe="rtn:bits=4,group=16"):
+    return refllm.compress(model, recipe)
+
+
+def readable(model, ids, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setenv("REFLLM_KERNELS", "numpy")
+        return forward(model, ids)
+
+
+def through_a_cache(model, ids, cache=None):
+    """Two prompts in turn, then one token after another."""
+    cache = cache or new_cache(model)
+    parts = [forward(model, ids[:37], cache=cache), forward(model, ids[37:70], cache=cache)]
+    parts += [forward(model, [i], cache=cache) for i in ids[70:]]
+    return np.concatenate(parts), cache
+
+
+def distance(y, expected):
+    """Largest difference at each position, relative to the largest logit."""
+    return np.abs(y - expected).max(axis=-1) / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_the_readable_pass(architecture, shape, monkeypatch):
+    model = random_model(architecture, **SHAPES[shape])
+    for model in (model, packed(model)):
+        expected = readable(model, IDS, monkeypatch)
+        y, cache = through_a_cache(model, IDS)
+        assert isinstance(cache.compiled[1], compiled.Compiled) and cache.length == len(IDS)
+        assert distance(y, expected).max() < 1e-5
+        assert distance(forward(model, IDS), expected).max() < 1e-5  # no cache at all
+
+
+@pytest.mark.parametrize("recipe", ["rtn:bits=8,group=-1", "rtn:bits=4,group=16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_int8_activations_few_codes_fall_on_the_other_side(architecture, recipe, monkeypatch):
+    """An activation on the border of two codes may be rounded either way: a step of 1/127 of the largest, no more."""
+    model = packed(random_model(architecture, head_dim=16), recipe)
+    model = replace(model, runtime=replace(model.runtime, activations="int8"))
+    expected = readable(model, IDS, monkeypatch)
+    for y in (through_a_cache(model, IDS)[0], forward(model, IDS)):
+        assert np.median(distance(y, expected)) < 1e-5 and distance(y, expected).max() < 0.05
+
+
+def test_threads_chunks_and_prompts_in_pieces_change_no_bit(monkeypatch):
+    model = packed(random_model("mistral", num_heads=6, num_kv_heads=3, head_dim=16))
+    monkeypatch.setattr(threads, "MINIMUM_WORK", 1)
+    monkeypatch.setattr(compiled, "MINIMUM_WORK", 1)
+    results = []
+    for count in (1, 2, 3, 5):
+        monkeypatch.setenv("REFLLM_THREADS", str(count))
+        results.append(through_a_cache(model, IDS)[0])
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+    whole = forward(model, IDS)
+    assert np.array_equal(whole[:70], results[0][:70])
+    monkeypatch.setattr(compiled, "CHUNK", 19)
+    assert np.array_equal(whole, forward(model, IDS))
+
+
+def test_a_rolled_back_cache_goes_on_as_if_nothing_had_been():
+    model = packed(random_model("qwen2", head_dim=16))
+    y, cache = through_a_cache(model, IDS)
+    cache.truncate(80)
+    again = [forward(model, [i], cache=cache) for i in IDS[80:]]
+    assert np.array_equal(np.concatenate(again), y[80:])
+
+
+def test_both_passes_share_a_cache(monkeypatch):
+    model = packed(random_model("llama", head_dim=16))
+    expected, cache = readable(model, IDS, monkeypatch), new_cache(model)
+    parts = []
+    for start in range(0, 100, 10):
+        kernels = "numpy" if start % 20 else "numba"
+        monkeypatch.setenv("REFLLM_KERNELS", kernels)
+        parts.append(forward(model, IDS[start : start + 9], cache=cache))
+        parts.append(forward(model, IDS[start + 9 : start + 10], cache=cache))
+    assert distance(np.concatenate(parts), expected).max() < 1e-5
+    assert cache.nbytes == 2 * 2 * 2 * 100 * 16 * 4  # layers, keys and values, heads, tokens, head_dim, bytes
+
+
+def test_what_it_leaves_to_the_readable_pass(monkeypatch):
+    model = packed(random_model("llama", head_dim=16))
+    one = lambda: KVCache(2, 128)
+
+    def made(model, cache, tokens=1, batch=1):
+        if cache is not None:
+            cache.check_batch(batch)
+        return compiled.compiled_for(model, cache, tokens) is not None
+
+    assert made(model, one()) and made(model, one(), tokens=5) and made(model, None, tokens=5)
+    assert not made(model, one(), batch=2)
+    assert not made(model, None)
+    assert not made(model, KVCache(2, 128, lambda layer: DenseStore(np.float16)))
+    assert not made(random_model("llama", np.float64), one())
+    assert not made(random_model("llama"), one(), tokens=5)  # dense: BLAS
+    assert not made(replace(model, runtime=replace(model.runtime, attend=lambda *_, **__: None)), one())
+    odd = packed(random_model("llama", head_dim=16), "rtn:bits=4,group=8")
+    assert isinstance(odd.weights["model.layers.0.mlp.up_proj.weight"], IntWeight) and not made(odd, one())
+    monkeypatch.setenv("REFLLM_KERNELS", "numpy")
+    assert not made(model, one())
+
+
+def test_not_a_number_stays_in_its_sequence():
+    model = random_model("llama", head_dim=16)
+    embedding = model.weights["model.embed_tokens.weight"].copy()
+    embedding[5, 3] = np.nan
+    model = packed(replace(model, weights=model.weights | {"model.embed_tokens.weight": embedding}))
+    cache = new_cache(model)
+    assert np.isfinite(forward(model, [1], cache=cache)).all()
+    assert np.isnan(forward(model, [5], cache=cache)).all()
+    assert np.isnan(forward(model, np.array([5, 1]))).all()
