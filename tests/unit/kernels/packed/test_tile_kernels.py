@@ -1,0 +1,340 @@
+"""Tile products against the NumPy text: integers bit for bit, floats within the bound of their roundings.
+
+A product must not depend on how many tokens come together, so where many are checked against few, bit by bit, the bound
+need hold for the few only. Weights are drawn by their numbers (test_tiling.py): no grid would fit most of them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import types
+
+from refllm.formats import blocks
+from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.kernels.packed import fast, lanes, reference, simd, threads, tile_kernels
+from refllm.kernels.packed.activations import quantize_activations
+from refllm.kernels.packed.fast import tile_matmul
+from refllm.kernels.packed.records import GGUFBlocks, IntWeight
+from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS
+from refllm.kernels.packed.tiling import Form, tiles_of
+from tests.strategies import ACTIVATION_ROWS, PROPERTY, activation_row, gamma
+from tests.unit.kernels.packed.test_tiling import GGUF, gguf_blocks, int_weight
+
+MANY = settings(PROPERTY, max_examples=200)
+BLOCKS_OF, HALVES_OF = [32, 64, 128, -1, 0], [16]  # groups of whole blocks, and two of them in a block
+# Every width, symmetric and affine, each with another type of scale and groups; at 4 bits also the other way round.
+GRIDS = {
+    f"{grid.__name__[0]}{bits} {dtype}": (grid, bits, dtype, groups)
+    for bits in range(2, 9)
+    for grid in (SymmetricGrid, AffineGrid)
+    for i, (dtype, groups) in enumerate((("float16", BLOCKS_OF), ("float32", HALVES_OF)))
+    if i == (bits + (grid is AffineGrid)) % 2 or bits == 4
+}
+FORMS = [*GGUF, *GRIDS]
+# Forms whose kernels for many tokens are compiled, too: four widths, each kind of scale and of what is subtracted.
+PANELS = {"Q4_1", "Q2_K", "Q6_K", "S4 float16", "A4 float32", "A3 float16", "S8 float16"}
+
+
+def weights(form, rows, count, seed, largest):
+    """A weight of a form; `largest`: most codes are the largest."""
+    if form in GGUF:
+        return gguf_blocks(form, rows, 1 + count % 3, seed)
+    grid, bits, dtype, groups = GRIDS[form]
+    group = groups[seed % len(groups)]
+    columns = 32 * count if group == 16 else group * (1 + count % 3) if group > 0 else 1 + (37 * count + seed) % 150
+    return int_weight(grid(bits, group, dtype), rows, columns, seed, largest)
+
+
+def magnitudes(weight):
+    """|scale| |code - zero| + |minimum| of every weight, float64: what the roundings of a product are relative to."""
+    if isinstance(weight, GGUFBlocks) and weight.type_name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"):
+        form = weight.layout
+        fields = form.layout.unpack(weight.data.reshape(len(weight.data), -1, form.bytes_per_block))
+        fields = {name: np.abs(v) if v.dtype.kind == "f" else v for name, v in fields.items()}
+        if "dmin" in fields:  # which is subtracted
+            fields["dmin"] = -fields["dmin"]
+        weight = GGUFBlocks(form.layout.pack(**fields).reshape(len(weight.data), -1), weight.type_name, weight.columns)
+    return np.abs(weight.dense()).astype(np.float64)
+
+
+def tolerance(x, weight):
+    """How far a kernel may be from the product of x with the decoded weight in float64.
+
+    On the way of one number into the result lie at most: 16 sums within a half of a block's columns and the one of both
+    halves (float activations) or the product with the activations' step (int8); the product of a scale with its top
+    one; the sum into the total, with all later ones of the row: one a part of a block, another for its minimum. Of a
+    minimum: the sum of 32 activations (5 levels), times the step, times the top scale. Two more are those of the
+    decoded weight.
+
+    What underflows is wrong by half of 2^-149 at most, before it meets the scale or minimum.
+    """
+    form, blocks_ = tiles_of(weight).form, -(-weight.columns // 32)
+    later = blocks_ * form.parts * (1 if form.low in ("constant", "zero") else 2)
+    roundings = 17 + 1 + 2 + later
+    large = magnitudes(weight)
+    # A scale is one of the magnitudes it makes, or less, unless all codes are the zero point: then it multiplies 0.
+    largest = 1 + large.max(axis=1)
+    absolute = (roundings + weight.columns) * 2.0**-149 * largest
+    return gamma(roundings) * (np.abs(x).astype(np.float64) @ large.T) + absolute
+
+
+def rounded(x, kind):
+    """Activations as a product of this kind sees them, float64."""
+    if kind == FLOAT:
+        return x.astype(np.float64)
+    codes, scale = quantize_activations(x, 32 if kind == BLOCKS else 0)
+    wide = np.repeat(scale.astype(np.float64), x.shape[1] // scale.shape[1], axis=1)
+    return codes * wide
+
+
+def kind_of(weight):
+    """How the activations beside a weight are rounded."""
+    return BLOCKS if isinstance(weight, GGUFBlocks) else TOKEN
+
+
+def drawn_activations(columns, kinds, seed):
+    return np.stack([activation_row(kind, columns, seed + i) for i, kind in enumerate(kinds)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@MANY
+@given(
+    rows=st.integers(1, 35),
+    count=st.integers(1, 4),
+    kinds=st.lists(st.sampled_from(ACTIVATION_ROWS), min_size=1, max_size=3),
+    seed=st.integers(0, 2**16),
+    largest=st.booleans(),
+)
+def test_product(form, rows, count, kinds, seed, largest):
+    weight = weights(form, rows, count, seed, largest)
+    x, tiles = drawn_activations(weight.columns, kinds, seed), tiles_of(weight)
+    for kind in (FLOAT, kind_of(weight)):
+        seen = rounded(x, kind)
+        exact = reference.matmul_float(seen, weight)
+        y = tile_matmul(x, tiles, kind)
+        assert y.dtype == np.float32 and y.shape == exact.shape
+        assert (np.abs(y - exact) <= tolerance(seen, weight)).all(), (np.abs(y - exact) / tolerance(seen, weight)).max()
+        if form in PANELS:
+            many = np.resize(x, (TOKENS + 1, weight.columns))
+            assert np.array_equal(tile_matmul(many, tiles, kind)[: len(x)], y)
+
+
+def whole_weight(form, rows, columns, seed, largest):
+    """A weight of whole numbers: every scale is 1 (of K-quants 1 or 2 times a level of 1 or 3), so is every minimum."""
+    rng = np.random.default_rng(seed)
+    if form not in GGUF:
+        grid, bits, dtype, groups = GRIDS[form]
+        weight = int_weight(grid(bits, groups[0], dtype), rows, columns, seed, largest)
+        ones = np.ones_like(weight.scale)
+        return IntWeight(weight.codes, ones, weight.zero_point, bits, groups[0], columns)
+    layout = blocks.BLOCKS[form].layout
+    shape = rows, columns // blocks.BLOCKS[form].block_size, blocks.BLOCKS[form].bytes_per_block
+    data = rng.integers(0, 256, shape, dtype=np.uint8)
+    fields = layout.unpack(np.where(largest, np.uint8(255), data))
+    for name, values in fields.items():
+        if name.startswith(("sc", "mn")):  # Q3_K's levels mean 32 less
+            values[:] = rng.integers(0, 4, values.shape) + (32 if form == "Q3_K" else 0)
+        elif values.dtype.kind == "f":
+            values[:] = 1
+    return GGUFBlocks(layout.pack(**fields).reshape(rows, -1), form, columns)
+
+
+def check_whole_numbers(form, tokens=1, all_kinds=(FLOAT, BLOCKS, TOKEN)):
+    """With such a weight and whole activations every float on the way is a whole number: the product is exact."""
+    columns = 256 if form in GGUF or GRIDS[form][3] is HALVES_OF else 160
+    for seed, largest in enumerate((False, True)):
+        weight = whole_weight(form, 17, columns, seed, largest)
+        W, tiles = weight.dense().astype(np.int64), tiles_of(weight)
+        rng = np.random.default_rng(seed)
+        for x in (rng.integers(-127, 128, columns), np.full(columns, 127), np.full(columns, -127)):
+            x[::32] = 127  # so that every block's step is 1
+            exact = x @ W.T
+            assert np.abs(exact).max() < 2**24 and np.array_equal(exact, np.rint(weight.dense()).astype(np.int64) @ x)
+            x = np.resize(x.astype(np.float32), (tokens, columns))
+            for kind in all_kinds:
+                assert (tile_matmul(x, tiles, kind) == exact).all(), (form, largest, kind)
+            text = reference.matmul_int8(x, weight)
+            assert (text == exact).all() or isinstance(weight, GGUFBlocks)  # BLAS may not sum so
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_integer_sums_bit_for_bit(form):
+    check_whole_numbers(form)
+    if form in PANELS:
+        check_whole_numbers(form, TOKENS + 1)
+
+
+def laid_out(x, kind, n):
+    """What the kernel makes of activations: codes [token, column], scale [token, block], sums [token, block, 3]."""
+    tokens, columns = x.shape
+    panels, blocks_ = -(-tokens // n), columns // 32
+    codes = np.full((panels, blocks_, n, 32), 99, np.float32 if kind == FLOAT else np.int8)
+    scale = np.full((panels, blocks_, n), np.nan, np.float32)
+    sums = np.full((panels, blocks_, 3, n), np.nan, np.float32)
+    places = codes.ctypes.data, scale.ctypes.data, sums.ctypes.data
+    fast._lay_out(n)(x.ctypes.data, tokens, columns, x.strides[0], kind, *places, 0, panels)
+    back = codes.transpose(0, 2, 1, 3).reshape(-1, columns), scale.transpose(0, 2, 1).reshape(-1, blocks_)
+    return *back, sums.transpose(0, 3, 1, 2).reshape(-1, blocks_, 3)
+
+
+TINY = st.lists(st.integers(-300, 300).map(lambda n: np.float32(n * 2.0**-149)), min_size=32, max_size=32)
+
+
+def check_activations(x, n):
+    """Codes, scales and sums of each kind equal the NumPy text's."""
+    tokens = len(x)
+    for kind in (FLOAT, BLOCKS, TOKEN):
+        codes, scale, sums = laid_out(x, kind, n)
+        assert not codes[tokens:].any() and not sums[tokens:].any()
+        expected, steps = (x, np.ones((tokens, 1))) if kind == FLOAT else quantize_activations(x, 32 * (kind == BLOCKS))
+        assert np.array_equal(codes[:tokens], expected)
+        assert np.array_equal(scale[:tokens], np.broadcast_to(steps, scale[:tokens].shape))
+        halves = expected.reshape(tokens, -1, 2, 16).astype(np.float64)
+        exact = np.stack([halves.sum((2, 3)), halves[:, :, 0].sum(-1), halves[:, :, 1].sum(-1)], axis=-1)
+        if kind == FLOAT:
+            size = np.abs(halves)
+            bound = np.stack([size.sum((2, 3)), size[:, :, 0].sum(-1), size[:, :, 1].sum(-1)], axis=-1)
+            assert (np.abs(sums[:tokens] - exact) <= gamma(5) * bound).all()
+        else:
+            assert np.array_equal(sums[:tokens], exact)
+
+
+@pytest.mark.parametrize("n", [1, TOKENS])
+@MANY
+@given(
+    count=st.integers(1, 9),
+    kinds=st.lists(st.sampled_from(ACTIVATION_ROWS), min_size=1, max_size=15),
+    seed=st.integers(0, 2**16),
+)
+def test_activations_bit_for_bit(n, count, kinds, seed):
+    check_activations(drawn_activations(32 * count, kinds, seed), n)
+
+
+@MANY
+@given(TINY)
+def test_the_smallest_activations_bit_for_bit(row):
+    """Where amax / 127 is a few times the smallest number there is, its rounding makes quotients far beyond 127."""
+    check_activations(np.array(row, np.float32)[None], 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN])
+@pytest.mark.parametrize("tokens", [3, 13])
+def test_not_a_number_poisons_its_token_only(bad, kind, tokens):
+    for form in ("Q2_K", "Q4_1", "S4 float16", "A4 float32"):
+        weight = whole_weight(form, 18, 256, 0, False)
+        x = drawn_activations(256, ["normal"] * tokens, 0)
+        good = tile_matmul(x, tiles_of(weight), kind)
+        x[1, 77] = bad
+        y = tile_matmul(x, tiles_of(weight), kind)
+        assert not np.isfinite(y[1]).any()
+        assert np.array_equal(np.delete(y, 1, axis=0), np.delete(good, 1, axis=0))
+
+
+@pytest.mark.parametrize("form", ["Q2_K", "S4 float16", "A4 float32"])
+@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN])
+def test_any_number_of_tokens_and_threads_gives_the_same_bits(form, kind, monkeypatch):
+    monkeypatch.setattr(threads, "MINIMUM_WORK", 1)
+    weight = weights(form, 50, 2, 0, False)
+    tiles = tiles_of(weight)
+    x = drawn_activations(weight.columns, ["normal", "wide", "ties"] * 14, 1)
+    alone = np.concatenate([tile_matmul(x[i : i + 1], tiles, kind) for i in range(len(x))])
+    for slab in (fast.SLAB, 12, 24):
+        monkeypatch.setattr(fast, "SLAB", slab)
+        for count in (1, 2, 3, 8):
+            monkeypatch.setenv("REFLLM_THREADS", str(count))
+            for tokens in (1, 3, 4, 12, 13, 25, 42):
+                assert np.array_equal(tile_matmul(x[:tokens], tiles, kind), alone[:tokens]), (slab, count, tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33])
+def test_a_row_is_the_same_alone(rows):
+    weight = weights("A4 float32", rows, 3, 3, False)
+    x = drawn_activations(weight.columns, ["normal", "ties"], 5)
+    y = tile_matmul(x, tiles_of(weight), TOKEN)
+    for i in range(rows):
+        one = IntWeight(
+            weight.codes[i : i + 1], weight.scale[i : i + 1], weight.zero_point[i : i + 1], 4, 16, weight.columns
+        )
+        assert np.array_equal(tile_matmul(x, tiles_of(one), TOKEN), y[:, i : i + 1])
+
+
+def awkward(array):
+    """The same numbers at odd addresses, every second one of a row, read-only."""
+    raw = np.zeros(array.nbytes * 2 + 1, np.uint8)[1:]
+    wide = raw.view(array.dtype).reshape(array.shape[0], -1)
+    wide[:, ::2] = array
+    wide.flags.writeable = False
+    return wide[:, ::2]
+
+
+@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN])
+def test_strided_misaligned_and_read_only_arrays(kind):
+    weight = weights("A4 float32", 5, 3, 0, False)
+    strange = IntWeight(*map(awkward, (weight.codes, weight.scale, weight.zero_point)), 4, 16, weight.columns)
+    assert not strange.scale.flags.aligned and not strange.codes.flags.c_contiguous
+    x = drawn_activations(weight.columns, ["normal"] * 13, 0)
+    for tokens in (1, 13):
+        y = tile_matmul(x[:tokens], tiles_of(weight), kind)
+        assert np.array_equal(tile_matmul(awkward(x[:tokens]), tiles_of(strange), kind), y)
+        assert np.array_equal(tile_matmul(np.asfortranarray(x[:tokens]), tiles_of(strange), kind), y)
+    gguf = gguf_blocks("Q2_K", 5, 1, 0)
+    x = drawn_activations(256, ["normal"], 0)
+    strange = GGUFBlocks(awkward(gguf.data), "Q2_K", 256)
+    assert np.array_equal(tile_matmul(x, tiles_of(strange), kind), tile_matmul(x, tiles_of(gguf), kind))
+
+
+def test_no_tokens_give_no_rows():
+    assert tile_matmul(np.zeros((0, 256), np.float32), tiles_of(gguf_blocks("Q2_K", 5, 1, 0)), FLOAT).shape == (0, 5)
+
+
+OTHER_TARGETS = """
+from refllm.kernels.packed import lanes
+from tests.unit.kernels.packed.test_tile_kernels import *
+assert [lanes.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
+for form in ("S2 float16", "A3 float16", "S4 float16", "Q6_K", "A7 float16", "S8 float16"):
+    check_whole_numbers(form, 1, (BLOCKS, TOKEN))
+check_whole_numbers("S4 float16")
+check_activations(drawn_activations(96, ACTIVATION_ROWS, 0), 1)
+"""
+AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+cmov,+cx8,+fxsr,+mmx"
+X86 = any("sse2" in feature for feature in simd.target_features())
+
+
+@pytest.mark.parametrize(
+    "name, features, dots",
+    [
+        pytest.param("haswell", AVX2, [lanes.X86_BYTE_PAIRS, lanes.PORTABLE], id="avx2"),
+        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [lanes.PORTABLE] * 2, id="portable with avx"),
+        pytest.param("generic", None, [lanes.PORTABLE] * 2, id="generic"),
+    ],
+)
+def test_the_other_forms_of_the_dot_product(name, features, dots):
+    """Targets but this machine's, in a process of their own."""
+    if name != "generic" and (not X86 or "+avx2" not in simd.target_features()):
+        pytest.skip("this machine does not run AVX2 code")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    environment = keep | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CPU_NAME": name}
+    if features is not None:
+        environment["NUMBA_CPU_FEATURES"] = features
+    program = f"FORMS_OF_THE_DOT = {dots}\n{OTHER_TARGETS}"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(lanes.dot_form(4) != lanes.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
+@pytest.mark.parametrize("bits, n", [(4, 1), (4, TOKENS), (8, TOKENS)])
+def test_a_byte_product_is_one_instruction(bits, n):
+    """vpdpbusd reads its four activations from memory and repeats them itself; every sum stays in a register."""
+    product = numba.cfunc(types.void(*[types.intp] * 9), error_model="numpy")
+    text = product(tile_kernels.product_text(Form(bits, "half", offset=1 << bits - 1), True, n))._library.get_asm_str()
+    dots = re.findall(r"vpdpbusd.*", text)
+    assert len(dots) == 8 * n and all("{1to16}" in dot for dot in dots)
+    assert not re.findall(r"vmov\w+\s+%zmm\d+, -?\w*\(%r[sb]p\)", text)
