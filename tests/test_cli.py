@@ -286,7 +286,7 @@ def test_golden_is_there(run):
     assert (code, out) == (2, "") and all(f"\n    {name} " in err for name in ("list", "verify", "doctor", "export"))
 
 
-BENCH = {"what": "decode", "threads": 1, "rounds": 5, "programs": {}, "rows": [], "other_work": 0.3}
+BENCH = {"threads": 1, "rounds": 5, "machine": {"cpus": 2}, "programs": {}, "rows": [], "other_work": 0.3}
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_bench_hands_over(run, jobs, model, tmp_path):
     run("bench", "bandwidth", "--threads", "3")
     decode, prefill, quantize, bandwidth = jobs
     common = {"peers": [], "rounds": 5}
-    expected = {"what": "decode", "threads": 2, "tokens": 128, "models": [str(file)]}
+    expected = {"what": "decode", "threads": 2, "tokens": 128, "models": [str(file)], "busy": 0}
     assert decode == expected | common | {"activations": ["float32", "int8"]}
     assert prefill["models"] == [model, str(file)] and (prefill["tokens"], prefill["activations"]) == (512, ["int8"])
     assert quantize["recipes"] == ["rtn:bits=4"] and quantize["shapes"] == [[8, 256]] and not quantize["calibration"]

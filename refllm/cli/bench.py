@@ -30,6 +30,8 @@ def add_commands(commands) -> None:
         )
         parser.add_argument("--tokens", type=count, default=tokens, metavar="N", help=f"default {tokens}")
         _activations(parser, ("int8",))
+        about = "keep so many processors busy meanwhile, to see what sharing costs"
+        parser.add_argument("--busy", type=count, default=0, metavar="N", help=about)
 
     parser = _add(commands, "quantize", quantize, "seconds to encode a matrix, or to compress a model", rounds=5)
     _types(parser, "GGUF types", "--types")
@@ -117,7 +119,13 @@ def generation(args) -> int:
         for path in paths:
             if path.is_dir():
                 raise UsageError(f"{path} is a folder; to compare with a peer give a .gguf file (refllm convert)")
-    return _measure(args, models=[str(path) for path in paths], activations=args.activations, tokens=args.tokens)
+    return _measure(
+        args,
+        models=[str(path) for path in paths],
+        activations=args.activations,
+        tokens=args.tokens,
+        busy=args.busy,
+    )
 
 
 def quantize(args) -> int:

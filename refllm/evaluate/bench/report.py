@@ -23,6 +23,8 @@ def footer(result: dict) -> list[str]:
     bandwidth = result.get("bandwidth_gbytes_per_s")
     facts = [f"medians of {result['rounds']} rounds in turns", f"{threads} thread{'s' if threads > 1 else ''} each"]
     facts += [f"memory read {bandwidth:.1f} GB/s in the same rounds"] if bandwidth else []
+    if result.get("busy"):
+        facts.append(f"{result['busy']} processor{'s' if result['busy'] > 1 else ''} kept busy on purpose")
     work = result.get("other_work")
     facts += [] if work is None else [f"other work took {work:.0%} of the processors"]
     return [
@@ -35,7 +37,8 @@ def footer(result: dict) -> list[str]:
 def noise(result: dict) -> str | None:
     """A warning where other work took so much of the processors that the numbers mean little; else None."""
     work = result.get("other_work")
-    if work is None or work <= BUSY:
+    wanted = result.get("busy", 0) / result["machine"]["cpus"]
+    if work is None or work - wanted <= BUSY:
         return None
     return f"other work took {work:.0%} of the processors while this was measured: repeat it on a quiet machine"
 

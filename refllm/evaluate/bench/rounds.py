@@ -13,8 +13,11 @@ Medians are compared. The quartiles beside them say how far to trust them, and `
 """
 
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -155,6 +158,19 @@ class OtherWork:
             return None
         other = (busy - self._busy) - (time.process_time() - self._own)
         return min(1.0, max(0.0, other / elapsed / (os.cpu_count() or 1)))
+
+
+@contextmanager
+def busy_processors(count: int) -> Iterator[None]:
+    """Keep so many processors busy with processes that count, to see what a program does that has to share."""
+    code = f"import os\nwhile os.getppid() == {os.getpid()}:\n    for i in range(10**6): pass"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def busy_seconds(path: str = "/proc/stat") -> float | None:

@@ -19,12 +19,13 @@ def run(job: dict) -> dict:
     Parameters
     ----------
     job : dict
-        what (kernels, decode, prefill, quantize, bandwidth), threads, rounds, peers, and what that measurement takes.
+        what (kernels, decode, prefill, quantize, bandwidth), threads, rounds, peers, busy (processors that are kept
+        busy meanwhile; default 0), and what that measurement takes.
 
     Returns
     -------
     dict
-        what, threads, rounds, machine, programs (versions of the peers), rows, bandwidth_gbytes_per_s and other_work
+        what, threads, rounds, busy, machine, programs (versions of the peers), rows, bandwidth_gbytes_per_s and other_work
         where they were measured.
 
     Raises
@@ -57,13 +58,16 @@ def measure(job: dict, say: Callable[[str], None]) -> dict:
     """Do a job in this process."""
     from refllm.evaluate.bench.machine import describe
     from refllm.evaluate.bench.peers import open_peer
+    from refllm.evaluate.bench.rounds import busy_processors
 
     peers = [open_peer(name, job["threads"]) for name in job["peers"]]
-    found = _MEASUREMENTS[job["what"]](job, peers, say)
+    with busy_processors(job.get("busy", 0)):
+        found = _MEASUREMENTS[job["what"]](job, peers, say)
     result = {
         "what": job["what"],
         "threads": job["threads"],
         "rounds": job["rounds"],
+        "busy": job.get("busy", 0),
         "machine": describe(),
         "programs": {peer.name: peer.version for peer in peers},
         "rows": [row for part in found for row in part["rows"]],

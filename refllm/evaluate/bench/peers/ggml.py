@@ -53,16 +53,20 @@ _FUNCTIONS = {
 
 
 class Ggml:
-    """The functions of ggml that are needed, found in a folder of shared libraries.
+    """The functions of ggml that are needed.
 
     Parameters
     ----------
+    libllama : ctypes.CDLL
+        llama-cpp-python's. Its own ggml is asked for, by way of its dependencies: the package holds each library under
+        several names, and opening one of them by path may load a second ggml with a state of its own.
     folder : path
-        Holds libggml-base.so, libggml-cpu.so and libggml.so (.dylib, .dll).
+        Where the libraries lie; Windows does not look a function up in dependencies, but knows libraries by name.
     """
 
-    def __init__(self, folder: Path):
-        self._libraries = [ctypes.CDLL(str(_library(Path(folder), name))) for name in LIBRARIES]
+    def __init__(self, libllama: ctypes.CDLL, folder: Path):
+        names = LIBRARIES if sys.platform == "win32" else ()
+        self._libraries = [libllama, *(ctypes.CDLL(str(_library(Path(folder), name))) for name in names)]
         for name, (result, arguments) in _FUNCTIONS.items():
             setattr(self, name.removeprefix("ggml_"), self._function(name, result, arguments))
         self.device = self.backend_dev_by_type(CPU_DEVICE)
@@ -99,8 +103,7 @@ class Ggml:
 
 
 def _library(folder: Path, name: str) -> Path:
-    ending = {"win32": (".dll",), "darwin": (".dylib", ".so")}.get(sys.platform, (".so",))
-    names = [f"{prefix}{name}{end}" for end in ending for prefix in ("lib", "")]
+    names = [f"{prefix}{name}.dll" for prefix in ("", "lib")]
     for file in names:
         if (folder / file).is_file():
             return folder / file
@@ -192,6 +195,10 @@ class Products:
         if self._backend:
             self._ggml.backend_free(self._backend)
         self._buffers, self._contexts, self._backend = [], [], None
+
+    def __del__(self):
+        if getattr(self, "_contexts", None):
+            self.close()
 
 
 def _first_that_takes(ggml: Ggml, type_id: int, shape: tuple[int, int]) -> int:

@@ -39,7 +39,7 @@ class LlamaCpp(Peer):
     def __init__(self, threads: int):
         super().__init__(threads)
         self.api, _ = _library()
-        self.ggml = Ggml(Path(self.api.__file__).parent / "lib")
+        self.ggml = Ggml(self.api.llama_cpp._lib, Path(self.api.__file__).parent / "lib")
 
     def products(self, types: Sequence[str]) -> list[Callable[[Task], Product]]:
         """ggml's product with the very blocks that refllm multiplies, repacked where llama.cpp would."""

@@ -89,6 +89,7 @@ def test_table_of_decode():
 
 def test_noise_is_named():
     assert report.noise(KERNELS) is None and report.noise(KERNELS | {"other_work": None}) is None
+    assert report.noise(DECODE | {"busy": 1}) is None and "1 processor kept busy" in report.text(DECODE | {"busy": 1})
     assert report.noise(DECODE).startswith("other work took 50% of the processors while this was measured")
 
 
@@ -144,7 +145,7 @@ def test_machine(tmp_path):
 
 
 def test_a_job_runs_in_a_process_with_its_threads():
-    job = {"what": "bandwidth", "threads": 2, "rounds": 1, "peers": [], "sizes": {"read_bytes": 1 << 16}}
+    job = {"what": "bandwidth", "threads": 2, "rounds": 1, "peers": [], "busy": 1, "sizes": {"read_bytes": 1 << 16}}
     found = worker.run(job)
     assert [row["threads"] for row in found["rows"]] == [1, 2] and found["what"] == "bandwidth"
     assert "read GB/s" in report.text(found)
