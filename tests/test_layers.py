@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "refllm"
 LAYERS = ("formats", "kernels", "model", "methods", "evaluate", "cli")
-HEAVY = {"llvmlite", "matplotlib", "numba", "safetensors", "scipy", "tokenizers", "torch", "transformers"}
+HEAVY = {"hypothesis", "llvmlite", "matplotlib", "numba", "safetensors", "scipy", "tokenizers", "torch", "transformers"}
 # Numba modules need numba at their top to decorate; the package imports them only inside functions.
 HEAVY_AT_TOP = {"numba": "refllm.kernels.packed.", "llvmlite": "refllm.kernels.packed."}
 

@@ -87,6 +87,14 @@ class Field:
         """Bits of one number; 2 for a base-3 digit, which takes 8/5 of a bit."""
         return 2 if isinstance(self.parts, Digits) else sum(part.width for part in self.parts)
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest number of a field of integers."""
+        if isinstance(self.parts, Digits):
+            return 0, 2
+        signed = self.dtype[0] == "i"
+        return (-(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1) if signed else (0, (1 << self.bits) - 1)
+
 
 def codes(name: str, count: int, width: int, byte: str, shift: str = "0", text: str = "", dtype: str = "u1") -> Field:
     """A field whose numbers lie in one piece: `width` bits of byte `byte` from bit `shift` on (formulas of i)."""
@@ -288,9 +296,7 @@ class Layout:
     def _check_range(self, field: Field, values: np.ndarray) -> None:
         if values.dtype.kind not in "iu":
             raise ValueError(f"{self.name}.{field.name} takes integers, got {values.dtype}")
-        signed = field.dtype[0] == "i"
-        low, high = (-(1 << (field.bits - 1)), (1 << (field.bits - 1)) - 1) if signed else (0, (1 << field.bits) - 1)
-        high = 2 if isinstance(field.parts, Digits) else high
+        low, high = field.limits
         if values.size and (values.min() < low or values.max() > high):
             came = f"{values.min()}..{values.max()}"
             raise ValueError(f"{self.name}.{field.name} holds numbers {low}..{high}, got {came}")

@@ -34,6 +34,17 @@ def test_every_layout_has_a_page_with_a_picture(pages):
         assert f"![bits of {layout.name}](img/{layout_pages.file_name(layout.name)}.svg)" in text
 
 
+def test_the_example_of_a_property_test_runs(pages):
+    """On a reader that is right, and on one that is not."""
+    (example,) = re.findall(r"```python\n(.*?)```", pages["README.md"], re.S)
+    names = {"my_reader": BLOCKS["Q4_0"].decode}
+    exec(example, names)
+    names["test_my_reader"]()
+    names["my_reader"] = lambda units: BLOCKS["Q4_0"].decode(units)[..., ::2]
+    with pytest.raises(AssertionError):
+        names["test_my_reader"]()
+
+
 def test_links_lead_somewhere(pages):
     for name, page in pages.items():
         for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page) if name.endswith(".md") else ():

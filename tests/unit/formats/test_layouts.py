@@ -2,31 +2,46 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refllm.formats.blocks import BLOCKS
+from refllm.formats.checkpoints import STORED
 from refllm.formats.layouts import Bits, Digits, Field, Layout, codes, numbers, stream
+from refllm.formats.strategies import fields_of, units_of
+from tests.strategies import PROPERTY
 
 TRITS = Layout("trits", 2, 8, (Field("t", 8, "u1", Digits("i // 5", "i % 5")),))
 THREES = Layout("threes", 12, 32, (stream("q", 32, 3),))
 SIGNED = Layout("signed", 2, 4, (codes("q", 4, 4, "i // 2", "4 * (i % 2)", dtype="i1"),))
-LAYOUTS = [*(form.layout for form in BLOCKS.values()), TRITS, THREES, SIGNED]
+OF_CHECKPOINTS = {tensor.layout.name: tensor.layout for form in STORED for tensor in form.tensors if tensor.layout}
+LAYOUTS = [*(form.layout for form in BLOCKS.values()), *OF_CHECKPOINTS.values(), TRITS, THREES, SIGNED]
+FEW = settings(PROPERTY, max_examples=20)  # of each of many layouts
 OF_BITS = [x for x in LAYOUTS if not any(isinstance(field.parts, Digits) for field in x.fields)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@FEW
 @given(data=st.data())
 def test_fields_come_back(layout, data):
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    units = np.random.default_rng(seed).integers(0, 256, (3, layout.nbytes), dtype=np.uint8)
+    fields = data.draw(fields_of(layout))
+    back = layout.unpack(layout.pack(**fields))
+    for field in layout.fields:
+        found, given_ = back[field.name], fields[field.name]
+        assert (found.dtype, found.shape, found.tobytes()) == (np.dtype(field.dtype), given_.shape, given_.tobytes())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@FEW
+@given(data=st.data())
+def test_bytes_come_back_where_numbers_own_them(layout, data):
+    units = data.draw(units_of(layout, any_bytes=True))
     fields = layout.unpack(units)
     packed = layout.pack(**fields)
     for name, values in layout.unpack(packed).items():
         assert values.tobytes() == fields[name].tobytes()
     if layout in OF_BITS:  # a byte of digits stands for 243 of 256 values
-        unused = packed ^ units
-        assert not any((unused.reshape(3, -1) & mask).any() for mask in [used_mask(layout)])
+        np.testing.assert_array_equal(packed, units & used_mask(layout))
 
 
 def used_mask(layout):
@@ -38,10 +53,11 @@ def used_mask(layout):
 
 
 @pytest.mark.parametrize("layout", OF_BITS, ids=lambda layout: layout.name)
-def test_bits_lie_at_their_positions(layout):
+@settings(FEW, max_examples=5)  # a number at a time is slow
+@given(data=st.data())
+def test_bits_lie_at_their_positions(layout, data):
     """The slow twin: every bit of every number is read at the place that `positions` names."""
-    rng = np.random.default_rng(0)
-    unit = rng.integers(0, 256, layout.nbytes, dtype=np.uint8)
+    unit = data.draw(units_of(layout, (), any_bytes=True))
     bits = np.unpackbits(unit, bitorder="little")
     for field in layout.fields:
         values = layout.unpack(unit[None])[field.name][0]

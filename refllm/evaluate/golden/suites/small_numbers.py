@@ -39,8 +39,8 @@ HEADER = [
 DECODE_HEADER = [
     "Input codes, u8. Param: format. Output x, f32, exact.",
     *FORMAT_TEXT,
-    "Declare fp4_zero_sign=minus if code 8 of FP4_BNB is -0, as its sign bit says and kernels that compute the value have "
-    "it; it is +0 in bitsandbytes' table, which files carry.",
+    "Declare fp4_zero_sign=minus if code 8 of FP4_BNB is -0, as its sign bit says and kernels that compute the value "
+    "have it; it is +0 in bitsandbytes' table, which files carry.",
 ]
 _SOURCE = {"kind": "first_principles", "name": "the header above, in exact fractions"}
 _ML_DTYPES = {"oracle": "ml_dtypes", "version": "0.6.0", "agreement": "differs_documented"}

@@ -1,0 +1,82 @@
+"""Strategies of layouts: everything that fields can hold is drawn, nothing else, and a wrong reader is found."""
+
+import numpy as np
+import pytest
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+
+from refllm.formats.blocks import Q4_0
+from refllm.formats.layouts import Layout, codes, numbers
+from refllm.formats.strategies import fields_of, units_of
+
+MIXED = Layout("mixed", 8, 2, (numbers("d", "f2", 0), numbers("m", "f4", 2), codes("q", 2, 3, "6", "3 * i", "", "i1")))
+ONE = (1,)
+
+
+def drawn(strategy, examples=100):
+    """What a strategy gives, again and again."""
+    found = []
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+    @given(strategy)
+    def collect(example):
+        found.append(example)
+
+    collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def fields():
+    return drawn(fields_of(MIXED, ONE), 600)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda f: (f["q"] == -4).all(),
+        lambda f: (f["q"] == 3).all(),
+        lambda f: f["q"][0, 0] not in (-4, 0, 3, f["q"][0, 1]),
+        lambda f: np.isnan(f["d"]),
+        lambda f: np.isposinf(f["d"]),
+        lambda f: np.isneginf(f["m"]),
+        lambda f: 0 < np.abs(f["d"]) < 2.0**-14,
+        lambda f: 0 < np.abs(f["m"]) < 2.0**-126,
+        lambda f: f["d"] == 0 and np.signbit(f["d"]),
+        lambda f: (f["m"].view(np.uint32) & 0xFFF).item() not in (0, 1, 0xFFF),  # any bits, not round numbers only
+    ],
+)
+def test_fields_contain(fields, wanted):
+    assert any(wanted(f) for f in fields)
+
+
+def test_shapes():
+    of_shape = lambda shape: {units.shape for units in drawn(units_of(MIXED, shape), 40)}
+    assert of_shape(None) == {(n, 8) for n in range(4)}
+    assert of_shape(()) == {(8,)}
+    assert of_shape((2, 0)) == {(2, 0, 8)}
+    assert of_shape(st.tuples(st.sampled_from([0, 3]), st.just(2))) == {(0, 2, 8), (3, 2, 8)}
+    assert {f["q"].shape for f in drawn(fields_of(MIXED, (2, 3)), 5)} == {(2, 3, 2)}
+
+
+def test_finite_means_no_nan_and_no_infinity(fields):
+    finite = lambda f: np.isfinite(f["d"]).all() and np.isfinite(f["m"]).all()
+    assert not all(map(finite, fields)) and all(map(finite, drawn(fields_of(MIXED, ONE, finite=True))))
+    assert all(finite(MIXED.unpack(units)) for units in drawn(units_of(MIXED, finite=True)))
+    with pytest.raises(ValueError, match="exclude each other"):
+        units_of(MIXED, finite=True, any_bytes=True)
+
+
+def test_bits_without_an_owner_are_zero_but_in_any_bytes():
+    loose = lambda units: (units[:, 6] >> 6 | units[:, 7]).any()
+    assert not any(map(loose, drawn(units_of(MIXED))))
+    assert any(map(loose, drawn(units_of(MIXED, any_bytes=True))))
+
+
+def test_a_wrong_reader_is_found_with_a_small_example():
+    def swapped(units):
+        return Q4_0.decode(np.concatenate([units[:, :2], units[:, 2:] >> 4 | units[:, 2:] << 4], axis=1))
+
+    wrong = lambda units: (swapped(units) != Q4_0.decode(units)).any()
+    search = settings(max_examples=200, derandomize=True, database=None)
+    assert find(units_of(Q4_0.layout, finite=True), wrong, settings=search).shape == (1, 18)
