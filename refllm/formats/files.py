@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 from refllm.formats.errors import FormatError
 
@@ -210,3 +213,19 @@ def cache_dir() -> Path:
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "refllm"
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "refllm"
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Let go of the memory behind a view of a mapped file: it is read from the file again when needed.
+
+    Does nothing for other arrays, and on systems (Windows) without such a request.
+    """
+    base = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    whole = np.frombuffer(base, np.uint8).ctypes.data
+    start = (array.ctypes.data - whole) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = array.ctypes.data - whole + array.nbytes
+    base.madvise(mmap.MADV_DONTNEED, start, end - start)

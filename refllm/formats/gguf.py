@@ -62,10 +62,13 @@ class GGUFTensor:
     path: Path
     _bytes: np.ndarray = field(repr=False, compare=False)
 
+    def mapped(self) -> np.ndarray:
+        """What is stored as uint8 (..., bytes of a row): the file itself, read-only, brought into memory when read."""
+        return self._bytes[self.offset : self.offset + self.nbytes].reshape(*self.shape[:-1], -1)
+
     def stored(self) -> np.ndarray:
         """A fresh uint8 array (..., bytes of a row) of exactly what is stored."""
-        raw = np.array(self._bytes[self.offset : self.offset + self.nbytes])
-        return raw.reshape(*self.shape[:-1], -1)
+        return np.array(self.mapped())
 
     def floats(self) -> np.ndarray:
         """The values: float32, or float64 for F64. Raises FormatError for types without a decoder."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from refllm.formats.blocks import BLOCKS
 from refllm.formats.errors import FormatError
+from refllm.formats.files import forget_pages
 from refllm.formats.gguf import GGUFFile, GGUFTensor
 from refllm.kernels.packed.records import GGUFBlocks
 from refllm.kernels.rope import interleaved_to_half_split
@@ -96,17 +97,18 @@ def _weight(tensor: GGUFTensor, dtype: str):
     fail = lambda message: FormatError(message, path=tensor.path, offset=tensor.offset)
     if tensor.type_name not in BLOCKS:
         array = tensor.floats().astype(dtype, copy=False)
-        finite = bool(np.isfinite(array).all())
-    elif len(tensor.shape) != 2:
-        raise fail(f"tensor {tensor.name!r} is quantised but has {len(tensor.shape)} dimensions")
-    else:
-        array = tensor.stored()
-        finite = BLOCKS[tensor.type_name].is_finite(array)
-    if not finite:
-        raise fail(f"weight {tensor.name!r} holds NaN or infinity")
-    if tensor.type_name not in BLOCKS:
+        if not np.isfinite(array).all():
+            raise fail(f"weight {tensor.name!r} holds NaN or infinity")
         return array
-    return GGUFBlocks(data=array, type_name=tensor.type_name, columns=tensor.shape[1])
+    if len(tensor.shape) != 2:
+        raise fail(f"tensor {tensor.name!r} is quantised but has {len(tensor.shape)} dimensions")
+    data = tensor.mapped()
+    try:
+        return GGUFBlocks(data=data, type_name=tensor.type_name, columns=tensor.shape[1])
+    except ValueError:
+        raise fail(f"weight {tensor.name!r} holds NaN or infinity") from None
+    finally:
+        forget_pages(data)  # only the scales were looked at
 
 
 def _take_rows(weight, order: np.ndarray):

@@ -149,8 +149,9 @@ def generate_ids(
     logits = forward(model, ids, cache=cache, last_only=True)[-1]
     if on_prefill is not None:
         on_prefill()
+    greedy = sampling.temperature == 0  # no distribution is needed, and it costs more than a token of a small model
     for i in range(max_tokens):
-        token = draw(probabilities(logits, sampling), rng)
+        token = int(np.argmax(logits)) if greedy else draw(probabilities(logits, sampling), rng)
         if token in stop_ids:
             return
         yield token

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from refllm.formats.files import forget_pages
 from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 
@@ -33,6 +34,7 @@ BLOCK = 32  # columns
 SUPER = 256  # columns under one top scale
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths of a code
 MOST_COLUMNS = 1 << 20
+PART = 1 << 19  # weights tiled at a time
 
 
 @dataclass(frozen=True)
@@ -209,29 +211,44 @@ def tiles_of(weight) -> Tiles | None:
         form = form_of(weight)
         if form is None:
             return None
-        _made[weight] = _int_tiles(weight, form) if isinstance(weight, IntWeight) else _gguf_tiles(weight, form)
+        _made[weight] = _tile(weight, form)
     return _made[weight]
 
 
-def _int_tiles(weight: IntWeight, form: Form) -> Tiles:
+def _tile(weight, form: Form) -> Tiles:
+    """Some rows at a time, so that no more than a few megabytes are needed beside the result."""
     out, columns = weight.shape
-    scale, zero = weight.scales()
+    arrays_of = _int_arrays if isinstance(weight, IntWeight) else _gguf_arrays
+    step, made = max(1, PART // (columns * ROWS)) * ROWS, None
+    for start in range(0, out, step):
+        ids = slice(start, min(start + step, out))
+        parts = arrays_of(weight, ids, form)
+        if isinstance(weight, GGUFBlocks):
+            forget_pages(weight.data[ids])  # of a file: they can be read again
+        if made is None:
+            tiles = -(-out // ROWS)
+            made = [None if part is None else np.empty((tiles, *part.shape[1:]), part.dtype) for part in parts]
+        for whole, part in zip(made, parts, strict=True):
+            if part is not None:
+                whole[start // ROWS : start // ROWS + len(part)] = part
+    blocks, groups = -(-columns // BLOCK), made[1].shape[1]
+    return Tiles(form, *made, weight.shape, blocks * form.parts // groups)
+
+
+def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:
+    codes, (scale, zero) = weight.unpacked(ids), weight.scales(ids)
     if weight.group_size == PER_TENSOR:
-        scale, zero = (np.broadcast_to(a, (out, 1)) for a in (scale, zero))
+        scale, zero = (np.broadcast_to(a, (len(codes), 1)) for a in (scale, zero))
     if scale.shape[1] % form.parts:  # a block is half empty
         scale, zero = (np.pad(a, ((0, 0), (0, 1))) for a in (scale, zero))
-    per = -(-columns // BLOCK) * form.parts // scale.shape[1]
     low = tile_numbers(zero.astype(np.uint8)) if form.low == "zero" else None
-    return Tiles(form, tile_codes(weight.unpacked(), form.bits), tile_numbers(scale), low, None, weight.shape, per)
+    return tile_codes(codes, form.bits), tile_numbers(scale), low, None
 
 
-def _gguf_tiles(weight: GGUFBlocks, form: Form) -> Tiles:
-    out = weight.shape[0]
-    fields = weight.layout.layout.unpack(weight.data.reshape(out, -1, weight.layout.bytes_per_block))
-    return Tiles(form, *_gguf_arrays(fields, form, out), weight.shape, 1)
-
-
-def _gguf_arrays(fields: dict, form: Form, out: int) -> tuple:
+def _gguf_arrays(weight: GGUFBlocks, ids: slice, form: Form) -> tuple:
+    data = weight.data[ids]
+    out = len(data)
+    fields = weight.layout.layout.unpack(data.reshape(out, -1, weight.layout.bytes_per_block))
     row = lambda name: fields[name].reshape(out, -1)
     codes = row("q")
     if codes.dtype == np.int8:  # stored in two's complement: the offset makes them unsigned

@@ -47,8 +47,8 @@ def distance(y, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_readable_pass(architecture, shape, monkeypatch):
-    model = random_model(architecture, **SHAPES[shape])
-    for model in (model, packed(model)):
+    dense = random_model(architecture, **SHAPES[shape])
+    for model in (dense, packed(dense)):
         expected = readable(model, IDS, monkeypatch)
         y, cache = through_a_cache(model, IDS)
         assert isinstance(cache.compiled[1], compiled.Compiled) and cache.length == len(IDS)

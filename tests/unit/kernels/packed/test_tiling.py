@@ -165,11 +165,12 @@ def test_which_groups_have_tiles():
         (12, 12, 1),
         (16, 96, 2),
         (16, 16, 1),
+        (16, 48, 2),
         (32, 96, 1),
         (96, 192, 1),
     ):
         assert tiles_of(ones(SymmetricGrid(4, group), columns)).form.parts == parts
-    for group, columns in ((8, 96), (12, 96), (48, 96), (16, 48), (1, 32), (40, 80)):
+    for group, columns in ((8, 96), (12, 96), (48, 96), (1, 32), (40, 80)):
         assert tiles_of(ones(SymmetricGrid(4, group), columns)) is None
         assert tiles_of(ones(AffineGrid(3, group), columns)) is None
     assert tiling.form_of(LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32))) is None
