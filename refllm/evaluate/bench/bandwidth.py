@@ -2,7 +2,8 @@
 
 A kernel adds up integers. Their sum may be taken in any order, so the compiler keeps several partial sums in vector
 registers (a sum of floats in its written order would wait for every addition and read a few GB/s). The array is written
-before it is read: pages that nobody has touched are all the same page of zeros, and reading them measures a cache.
+before it is read, with numbers that all differ: pages that nobody has touched are all the same page of zeros, a host may
+merge pages that are equal, and reading one page again and again measures a cache.
 """
 
 from collections.abc import Callable
@@ -44,8 +45,7 @@ def read_candidate(threads: int, nbytes: int = READ_BYTES, name: str = NAME) -> 
         A multiple of 8.
     name : str
     """
-    words = np.empty(nbytes // 8, np.uint64)
-    words.fill(1)
+    words = np.arange(nbytes // 8, dtype=np.uint64)
     return Candidate(name, _reader(words, threads))
 
 
@@ -66,8 +66,7 @@ def measure_bandwidth(
     dict
         rows (threads, gbytes_per_s by the median, lower and upper quartile) and other_work.
     """
-    words = np.empty(read_bytes // 8, np.uint64)
-    words.fill(1)
+    words = np.arange(read_bytes // 8, dtype=np.uint64)
     candidates = [Candidate(str(n), _reader(words, n)) for n in range(1, threads + 1)]
     found = take_turns(candidates, rounds, on_round=on_round)
     rate = lambda seconds: words.nbytes / seconds / 1e9
