@@ -7,6 +7,8 @@ A cache is one *store* per layer. A store is any object with
     nbytes                                                      bytes of everything it keeps
     pre_rope                                                    True: keys come unrotated, the caller rotates the result
     rollback                                                    optional: tokens of its own that a call may take back
+    attend(q, k, v, positions, scale, window, softcap)          optional: extend, and attention over what it returns,
+                                                                in the store's own way (from packed codes, say)
 
 with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,) or
 (Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or

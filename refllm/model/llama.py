@@ -206,21 +206,17 @@ def _attention(model, layer, x, positions, store, attend, observe):
     pre_rope = store is not None and store.pre_rope
     if not pre_rope:
         k = rotate(k, cos, sin)
-    key_positions = positions
-    if store is not None:
-        k, v, key_positions = store.extend(k, v, positions, q)  # by q a store may rank what it keeps
-    if pre_rope:
-        k = rotate(k, *cos_sin(rope, config.head_dim, key_positions, x.dtype))
-    out = (attend or model.runtime.attend or attention.attend)(
-        q,
-        k,
-        v,
-        positions,
-        key_positions,
-        scale=config.score_scale,
-        window=config.window(layer),
-        softcap=config.attention_softcap,
-    )
+    attend = attend or model.runtime.attend
+    how = dict(scale=config.score_scale, window=config.window(layer), softcap=config.attention_softcap)
+    if attend is None and hasattr(store, "attend"):
+        out = store.attend(q, k, v, positions, **how)
+    else:
+        key_positions = positions
+        if store is not None:
+            k, v, key_positions = store.extend(k, v, positions, q)  # by q a store may rank what it keeps
+        if pre_rope:
+            k = rotate(k, *cos_sin(rope, config.head_dim, key_positions, x.dtype))
+        out = (attend or attention.attend)(q, k, v, positions, key_positions, **how)
     out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H*D)
     return _linear(model, (prefix + "o_proj",), out, observe)[0]
 

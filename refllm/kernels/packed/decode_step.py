@@ -125,44 +125,79 @@ def activate(gate, up, count, gelu):
 
 
 @register_jitable
-def _attend(query, keys, values, start, end, dim, scale, cap, scores, out):
-    """softmax(scale q K^T) V of one head over the tokens start <= i < end; scores : room for end - start + 16."""
-    count = end - start
-    keys, values = keys + 4 * dim * start, values + 4 * dim * start
+def dot_keys(query, keys, count, dim, scale, scores):
+    """scores[i] = scale * (query . key i)."""
     for i in range(count):
         store_float(scores + 4 * i, _dot(query, keys + 4 * dim * i, dim) * scale)
-    for i in range(count, (count + 15) // 16 * 16):
+
+
+@register_jitable
+def soften(scores, count, cap):
+    """Softmax without its division, in place: e^(score - largest), soft-capped before; returns the sum.
+
+    Up to the next multiple of 16 the scores become 0.
+    """
+    padded = (count + 15) // 16 * 16
+    if cap > 0:
+        for i in range(0, padded, 16):
+            store_floats(scores + 4 * i, times(splat(cap), tanh(divide(load_floats(scores + 4 * i), splat(cap)))))
+    for i in range(count, padded):
         store_float(scores + 4 * i, np.float32(-np.inf))
     top = splat(np.float32(-np.inf))
-    for i in range(0, count, 16):
-        some = load_floats(scores + 4 * i)
-        if cap > 0:
-            some = times(splat(cap), tanh(divide(some, splat(cap))))
-            store_floats(scores + 4 * i, some)
-        top = larger(top, some)
-    for i in range(count, (count + 15) // 16 * 16):  # the cap has moved them
-        store_float(scores + 4 * i, np.float32(-np.inf))
+    for i in range(0, padded, 16):
+        top = larger(top, load_floats(scores + 4 * i))
     most, total = splat(-lane_max(top)), every(0)
-    for i in range(0, count, 16):
+    for i in range(0, padded, 16):
         some = exponential(plus(load_floats(scores + 4 * i), most))
         store_floats(scores + 4 * i, some)
         total = plus(total, some)
-    whole, divisor = dim // 16 * 16, lane_sum(total)
+    return lane_sum(total)
+
+
+@register_jitable
+def add_values(shares, values, count, dim, out):
+    """out += sum over i of shares[i] * value i."""
+    whole = dim // 16 * 16
     for c in range(0, whole, 16):
-        even, odd = every(0), every(0)
+        even, odd = load_floats(out + 4 * c), every(0)
         for i in range(0, count - 1, 2):
             at = values + 4 * (dim * i + c)
-            even = fma(splat(load_float(scores + 4 * i)), load_floats(at), even)
-            odd = fma(splat(load_float(scores + 4 * i + 4)), load_floats(at + 4 * dim), odd)
+            even = fma(splat(load_float(shares + 4 * i)), load_floats(at), even)
+            odd = fma(splat(load_float(shares + 4 * i + 4)), load_floats(at + 4 * dim), odd)
         if count % 2:
             last = values + 4 * (dim * (count - 1) + c)
-            even = fma(splat(load_float(scores + 4 * count - 4)), load_floats(last), even)
-        store_floats(out + 4 * c, divide(plus(even, odd), splat(divisor)))
+            even = fma(splat(load_float(shares + 4 * count - 4)), load_floats(last), even)
+        store_floats(out + 4 * c, plus(even, odd))
     for c in range(whole, dim):
-        rest = np.float32(0)
+        rest = load_float(out + 4 * c)
         for i in range(count):
-            rest += load_float(scores + 4 * i) * load_float(values + 4 * (dim * i + c))
-        store_float(out + 4 * c, rest / divisor)
+            rest += load_float(shares + 4 * i) * load_float(values + 4 * (dim * i + c))
+        store_float(out + 4 * c, rest)
+
+
+@register_jitable
+def fill(out, count, value):
+    """out = value."""
+    for i in range(count):
+        store_float(out + 4 * i, value)
+
+
+@register_jitable
+def shrink(out, count, divisor):
+    """out /= divisor."""
+    for i in range(count):
+        store_float(out + 4 * i, load_float(out + 4 * i) / divisor)
+
+
+@register_jitable
+def _attend(query, keys, values, start, end, dim, scale, cap, scores, out):
+    """softmax(scale q K^T) V of one head over the tokens start <= i < end; scores : room for end - start + 16."""
+    count, skipped = end - start, 4 * dim * start
+    dot_keys(query, keys + skipped, count, dim, scale, scores)
+    total = soften(scores, count, cap)
+    fill(out, dim, np.float32(0))
+    add_values(scores, values + skipped, count, dim, out)
+    shrink(out, dim, total)
 
 
 @register_jitable

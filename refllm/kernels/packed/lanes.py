@@ -31,6 +31,7 @@ from refllm.kernels.packed.simd import (
     Floats,
     Ints,
     constant,
+    emit_columns,
     emit_half_to_float,
     shuffle,
     target_features,
@@ -132,6 +133,23 @@ splat_at = _loader(Floats, F32, lambda b, v: _splat(b, v))
 def load_float(typing, address):
     """One float."""
     return types.float32(types.intp), lambda context, b, sig, args: _at(b, args[0], 0, F32)
+
+
+@intrinsic
+def load_half(typing, address):
+    """One finite float16."""
+    return types.float32(types.intp), lambda context, b, sig, args: emit_half_to_float(b, _at(b, args[0], 0, I16))
+
+
+@intrinsic(prefer_literal=True)
+def load_codes(typing, address, bits):
+    """Sixteen consecutive codes of a bit stream (formats.bits), as floats: the 2 * bits bytes at an address."""
+
+    def generate(context, b, sig, args):
+        codes = emit_columns(b, b.inttoptr(args[0], I8.as_pointer()), bits.literal_value)
+        return b.uitofp(codes, Floats.llvm)
+
+    return Floats(types.intp, bits), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -70,20 +70,24 @@ def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type) -> ir.Value:
     return b.load(b.bitcast(pointer, kind.as_pointer()), align=1)
 
 
+def emit_columns(b: ir.IRBuilder, pointer: ir.Value, width: int) -> ir.Value:
+    """Sixteen consecutive codes of `width` bits, the 2 * width bytes at a pointer, one to a lane."""
+    stored = load(b, pointer, ir.VectorType(I8, 2 * width))
+    first = [lane * width // 8 for lane in range(LANES)]
+    codes = b.zext(shuffle(b, stored, first), Ints.llvm)
+    if 8 % width:  # a code may reach into the next byte
+        following = b.zext(shuffle(b, stored, [min(byte + 1, 2 * width - 1) for byte in first]), Ints.llvm)
+        codes = b.or_(codes, b.shl(following, constant(Ints.llvm, 8)))
+    shifts = ir.Constant(Ints.llvm, [lane * width % 8 for lane in range(LANES)])
+    return b.and_(b.lshr(codes, shifts), constant(Ints.llvm, (1 << width) - 1))
+
+
 @intrinsic(prefer_literal=True)
 def load_columns(typing, array, index, bits):
     """Sixteen consecutive codes of a packed row, one to a lane: the 2 * bits bytes from `index` on."""
-    width = bits.literal_value
 
     def generate(context, b, sig, args):
-        stored = load(b, address(context, b, sig.args[0], args[0], args[1]), ir.VectorType(I8, 2 * width))
-        first = [lane * width // 8 for lane in range(LANES)]
-        codes = b.zext(shuffle(b, stored, first), Ints.llvm)
-        if 8 % width:  # a code may reach into the next byte
-            following = b.zext(shuffle(b, stored, [min(byte + 1, 2 * width - 1) for byte in first]), Ints.llvm)
-            codes = b.or_(codes, b.shl(following, constant(Ints.llvm, 8)))
-        shifts = ir.Constant(Ints.llvm, [lane * width % 8 for lane in range(LANES)])
-        return b.and_(b.lshr(codes, shifts), constant(Ints.llvm, (1 << width) - 1))
+        return emit_columns(b, address(context, b, sig.args[0], args[0], args[1]), bits.literal_value)
 
     return Ints(array, types.intp, bits), generate
 

@@ -24,6 +24,8 @@ Golden: kvcache/kivi
 import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
+from refllm.kernels.attention import attend
+from refllm.kernels.packed import backend
 
 _FLOAT16_MAX = 65504.0
 
@@ -117,11 +119,7 @@ class KiviStore:
             Positions that leave a gap, a head dimension that group_size does not divide, NaN, Inf, numbers too large,
             shapes or types other than those of the first call. The store is then unchanged.
         """
-        self._check(k, v, positions)
-        self._quantize_until(self.length)  # what `rollback` has held back
-        self._k_full.append(k)
-        self._v_full.append(v)
-        self.length += k.shape[-2]
+        self._take(k, v, positions)
         K, V = self._k_full.view.copy(), self._v_full.view.copy()
         if self._k_packed.count:
             by_token = self._k_packed.dequantized(k.dtype).swapaxes(-1, -2)  # (..., Hk, blocks, R, D)
@@ -130,6 +128,49 @@ class KiviStore:
             V = np.concatenate([self._v_packed.dequantized(v.dtype), V], axis=-2)
         self._quantize_until(self.length - self.rollback)
         return K, V, np.arange(self.length)
+
+    def attend(self, q, k, v, positions, *, scale, window=None, softcap=None):
+        """`extend`, and attention over what it returns; of a single token from the codes, if a kernel is to be used.
+
+        Parameters
+        ----------
+        q : (..., H, T, D)
+            The other parameters are those of `extend` and of `refllm.kernels.attention.attend`.
+
+        Returns
+        -------
+        (..., H, T, Dv)
+        """
+        if not self._packed_attention(q, k, v):
+            K, V, key_positions = self.extend(k, v, positions, q)
+            return attend(q, K, V, positions, key_positions, scale=scale, window=window, softcap=softcap)
+        from refllm.kernels.packed.kv_attention import attend_packed  # imports numba
+
+        self._take(k, v, positions)
+        sides = [
+            [None if part is None else part[0] for part in (*packed.parts(), full.view)]
+            for packed, full in ((self._k_packed, self._k_full), (self._v_packed, self._v_full))
+        ]
+        start = max(0, self.length - window) if window else 0
+        out = attend_packed(
+            q[0, :, 0], *sides, bits=self.bits, group=self.group_size, residual=self.residual, scale=scale, start=start,
+            softcap=softcap,
+        )  # fmt: skip
+        self._quantize_until(self.length - self.rollback)
+        return out[None, :, None]
+
+    def _packed_attention(self, q, k, v) -> bool:
+        """Whether the kernel is to be used, and takes this: one float32 token, whole vectors of 16 in a group."""
+        one = q.ndim == 4 and q.shape[0] == q.shape[-2] == 1 and k.shape[-1] == v.shape[-1]
+        return one and q.dtype == np.float32 and self.group_size % 16 == 0 and backend() == "numba"
+
+    def _take(self, k, v, positions):
+        """Check new tokens and put them behind the window in full."""
+        self._check(k, v, positions)
+        self._quantize_until(self.length)  # what `rollback` has held back
+        self._k_full.append(k)
+        self._v_full.append(v)
+        self.length += k.shape[-2]
 
     def _check(self, k, v, positions):
         for name, x in (("key", k), ("value", v)):
@@ -217,6 +258,10 @@ class _Packed:
     def count(self) -> int:
         """Blocks (keys) or tokens (values) stored."""
         return self.codes.count
+
+    def parts(self) -> tuple:
+        """Codes, scales and minima; None where there are none yet."""
+        return tuple(grown.view if grown.count else None for grown in (self.codes, self.scale, self.minimum))
 
     def append(self, groups: np.ndarray) -> None:
         """Quantise (..., groups, G) and store it."""
