@@ -10,9 +10,9 @@ kernels are compiled in each process.
 
 import hashlib
 import os
-import sys
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from numba.core.ccallback import CFunc
 
 from refllm import __version__
 from refllm.formats.files import cache_dir
+from refllm.formats.progress import Progress
 
 _lock = threading.RLock()
-_announced = False
+_compilations = 0
 
 
 def _target() -> str:
@@ -95,12 +96,17 @@ def _sign(folder: Path) -> None:
             continue
 
 
-def _announce(name: str) -> None:
-    """One line, once per process, when a person is watching."""
-    global _announced
-    if not _announced and sys.stderr.isatty():
-        print(f"refllm: compiling {name} and what it needs (kept in {kernel_folder()})", file=sys.stderr)
-    _announced = True
+@contextmanager
+def _announced(name: str, kept: Path | None):
+    """A line on a terminal while a kernel is compiled; before the first, once per process, one that says why."""
+    global _compilations
+    _compilations += 1
+    with Progress() as progress:
+        if _compilations == 1 and progress.active:
+            until = f"kept in {kept.parent}" if kept else "for this process only: its cache folder cannot be used"
+            print(f"refllm: compiling kernels for this processor, {until}", file=progress.stream)
+        progress.show(f"kernel {_compilations}: {name}")
+        yield
 
 
 class _NamedCache(FunctionCache):
@@ -150,20 +156,21 @@ def _compiled(made, signature, key: str):
     with _lock:
         folder = kernel_folder()
         mine = None if folder is None else folder / f"{function.__name__}{key}"
-        if mine is None or not any(mine.rglob("*.nbc")):
-            _announce(function.__name__)
+        kept = mine is not None and any(mine.rglob("*.nbc"))
         elsewhere = numba.config.CACHE_DIR
         uncached = made._cache
         try:
             if mine is not None:
                 numba.config.CACHE_DIR = str(mine)
                 made._cache = _NamedCache(function)
-            compile_it()
+            with nullcontext() if kept else _announced(function.__name__ + key, mine):
+                compile_it()
             if mine is not None:
                 _sign(mine)
         except (OSError, RuntimeError):  # a full or read-only disk: do without the cache
             made._cache = uncached
-            compile_it()
+            with _announced(function.__name__ + key, None):
+                compile_it()
         finally:
             numba.config.CACHE_DIR = elsewhere
     return made
