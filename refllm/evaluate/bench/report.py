@@ -7,6 +7,7 @@ from textwrap import wrap
 from refllm.evaluate.bench.rounds import BUSY
 from refllm.evaluate.tables import nbytes, significant, table
 
+FEW = 8  # tokens up to which a product waits for its weights
 _UNITS = {"kernels": "GB/s", "decode": "tokens/s", "prefill": "tokens/s", "quantize": "million weights/s"}
 
 
@@ -60,8 +61,10 @@ def _kernels(result: dict) -> list[str]:
     for shape in dict.fromkeys(tuple(row["shape"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if tuple(row["shape"]) == shape]
         peers, tokens = _peers(rows, "x_peers"), rows[0]["tokens"]
-        header = ["program", "weights", "activations", "size", "median\nus", "quartiles\nus", "GB/s", "of read"]
-        header += ["GFLOP/s", "x NumPy", *(f"x {peer}" for peer in peers)]
+        few = tokens <= FEW  # more are bound by arithmetic, not by memory
+        header = ["program", "weights", "activations", "size", "median\nus", "quartiles\nus"]
+        header += ["GB/s", "of read"] if few else ["GFLOP/s"]
+        header += ["x NumPy", *(f"x {peer}" for peer in peers)]
         cells = [
             [
                 row["program"],
@@ -70,9 +73,8 @@ def _kernels(result: dict) -> list[str]:
                 nbytes(row["weight_bytes"]),
                 significant(row["seconds"] * 1e6),
                 _quartiles(row, 1e6),
-                significant(row["gbytes_per_s"]),
-                f"{row['bandwidth_share']:.0%}",
-                significant(row["gflops"]),
+                *([significant(row["gbytes_per_s"]), f"{row['bandwidth_share']:.0%}"] if few else []),
+                *([] if few else [significant(row["gflops"])]),
                 _ratio(row["x_numpy"]),
                 *(_ratio(row["x_peers"].get(peer)) for peer in peers),
             ]
@@ -160,7 +162,7 @@ def panels(result: dict) -> list[dict]:
     what, found = result["what"], {}
     for row in result["rows"]:
         if what == "kernels":
-            many = row["tokens"] > 8
+            many = row["tokens"] > FEW
             title = f"{row['shape'][0]}x{row['shape'][1]}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
             value = row["gflops" if many else "gbytes_per_s"]
             spread = [value * row["seconds"] / row[end] for end in ("upper", "lower")]
