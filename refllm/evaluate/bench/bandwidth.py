@@ -2,8 +2,8 @@
 
 A kernel adds up integers. Their sum may be taken in any order, so the compiler keeps several partial sums in vector
 registers (a sum of floats in its written order would wait for every addition and read a few GB/s). The array is written
-before it is read, with numbers that all differ: pages that nobody has touched are all the same page of zeros, a host may
-merge pages that are equal, and reading one page again and again measures a cache.
+before it is read, with numbers that all differ: pages that nobody has touched are all the same page of zeros, a host
+may merge pages that are equal, and reading one page again and again measures a cache.
 """
 
 from collections.abc import Callable

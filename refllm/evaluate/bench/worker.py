@@ -25,8 +25,8 @@ def run(job: dict) -> dict:
     Returns
     -------
     dict
-        what, threads, rounds, busy, machine, programs (versions of the peers), rows, bandwidth_gbytes_per_s and other_work
-        where they were measured.
+        what, threads, rounds, busy, machine, programs (versions of the peers), rows; bandwidth_gbytes_per_s and
+        other_work where they were measured.
 
     Raises
     ------
