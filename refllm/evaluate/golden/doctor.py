@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refllm.evaluate.golden.compare import Expected, mismatch
+from refllm.evaluate.golden.compare import Expected, mismatch, returned_dtype, returned_shape
 from refllm.evaluate.golden.mistakes import MISTAKES, PREDICTORS
 from refllm.evaluate.golden.mistakes.base import Given, Hypothesis, Mistake
 from refllm.evaluate.golden.runner import Answer, Result, choose, expected_of, reference_names, run
@@ -167,7 +167,7 @@ def _without_numbers(failing: dict[str, _Seen]) -> Iterator[Finding]:
 def _score(suite: Suite, one: _Seen, declared, memory: Memory, scores: dict) -> None:
     """Enter which hypotheses a case speaks for and against."""
     case, status = one.result.case, one.result.status
-    if status == "skip" or not one.wanted or (status == "fail" and one.result.kind != "mismatch"):
+    if not any(one.ways) or not one.wanted or (status == "fail" and one.result.kind != "mismatch"):
         return
     if case.name not in memory.hypotheses:
         memory.hypotheses[case.name] = list(_hypotheses(suite, case, declared))
@@ -195,7 +195,14 @@ def _fits(way: dict[str, np.ndarray], predicted: dict[str, Expected], one: _Seen
 
 
 def _predicted(array: np.ndarray, right: Expected) -> Expected:
-    """A prediction in the place of the right values; within a bound it is compared as they are, but more loosely."""
+    """A prediction in the place of the right values; within a bound it is compared as they are, but more loosely.
+
+    A predictor of random codes says how probable each is, and so how they are compared; random answers become that.
+    """
+    if isinstance(array, Expected):
+        return array
+    if right.compare["class"] == "statistical" and _answers(array, right):
+        array = _summary(array, right)
     if right.compare["class"] != "dot_bound":
         return Expected(array, right.dtype, right.compare)
     array = array.astype(np.float64)
@@ -206,10 +213,37 @@ def _predicted(array: np.ndarray, right: Expected) -> Expected:
 
 def _returned(expected: Expected) -> np.ndarray:
     """An array as an implementation would return it."""
+    if expected.compare["class"] == "statistical":
+        return _typical(expected)
     if expected.compare["class"] != "dot_bound":
         return expected.array
     with np.errstate(all="ignore"):
         return expected.array.astype({"f16": np.float16}.get(expected.compare["unit"], np.float32))
+
+
+def _answers(array: np.ndarray, right: Expected) -> bool:
+    """Whether an array is n random answers, not what they have in common."""
+    return array.shape == returned_shape(right) and array.dtype == returned_dtype(right)
+
+
+def _summary(answers: np.ndarray, right: Expected) -> np.ndarray:
+    """What n random answers have in common: their mean, or how often each code comes."""
+    if right.compare["test"] == "mean":
+        return answers.mean(-1, dtype=np.float64).astype(right.array.dtype)
+    codes = right.array.shape[-1]
+    found = [np.bincount(row, minlength=codes)[:codes] / row.size for row in answers.reshape(-1, answers.shape[-1])]
+    return np.asarray(found, right.array.dtype).reshape(right.array.shape)
+
+
+def _typical(expected: Expected) -> np.ndarray:
+    """n answers that are just as expected: the mean again and again, or every code as often as it is probable."""
+    n = expected.compare["n"]
+    if expected.compare["test"] == "mean":
+        return np.repeat(expected.array[..., None], n, axis=-1)
+    places, last = (np.arange(n) + 0.5) / n, expected.array.shape[-1] - 1
+    total = np.cumsum(expected.array.reshape(-1, last + 1), axis=-1, dtype=np.float64)
+    codes = np.clip([np.searchsorted(row, places) for row in total], 0, last)
+    return codes.astype(returned_dtype(expected)).reshape(returned_shape(expected))
 
 
 def given_by(suite: Suite, case: Case, declared: Mapping[str, str]) -> Given:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refllm.evaluate.golden.compare import Expected
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -36,12 +38,13 @@ class Hypothesis(NamedTuple):
     """What an implementation with a mistake would give.
 
     mistake : its name; where : what it concerns ("input qweight"), the same words in every case; outputs : only those
-    that differ from the right ones.
+    that differ from the right ones: an array, None for what may be anything, or, of random answers, an Expected that
+    says how they are distributed.
     """
 
     mistake: str
     where: str
-    outputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray | Expected | None]
 
 
 @dataclass(frozen=True)

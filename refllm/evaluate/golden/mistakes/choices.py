@@ -8,8 +8,16 @@ from refllm.evaluate.golden.mistakes.base import Given, Hypothesis
 
 # Param -> {value: the mistake of using it where another one is asked for}.
 _VALUES: dict[str, dict[object, str]] = {
-    "ties": {"away": "ties-away", "even": "ties-even", "zero": "ties-toward-zero"},
-    "overflow": {"saturate": "saturates", "satfinite": "saturates", "ieee": "does-not-saturate"},
+    "ties": {
+        "away": "ties-away",
+        "even": "ties-even",
+        "zero": "ties-toward-zero",
+        "lower": "midpoint-side",
+        "upper": "midpoint-side",
+    },
+    "rounding": {"toward_zero": "truncation"},
+    "middle": {"exact": "wide-arithmetic"},
+    "overflow": {"wrap": "no-clip", "saturate": "saturates", "satfinite": "saturates", "ieee": "does-not-saturate"},
     "scale_rule": {"floor": "e8m0-floor", "ceil": "e8m0-ceil", "rceil": "e8m0-rceil", "even": "e8m0-even"},
     "checkpoint_format": {"gptq": "gptq-v1-for-v2", "gptq_v2": "gptq-v2-for-v1"},
     "convention": dict.fromkeys(("compressed-tensors", "modelopt", "torchao"), "reciprocal-global-scale"),
