@@ -152,7 +152,14 @@ _functions: list[CFunc] = []
 def _compiled(made, signature, key: str):
     """Compile a dispatcher or C function, with Numba's cache in the folder of this text and key if there is one."""
     function = made.__wrapped__
-    compile_it = made.compile if isinstance(made, CFunc) else lambda: made.compile(signature)
+
+    def compile_it():
+        if isinstance(made, CFunc):
+            made.compile()
+        else:
+            made.compile(signature)
+            made.disable_compile()  # or a Python float as argument would bring a second version, in float64
+
     with _lock:
         folder = kernel_folder()
         mine = None if folder is None else folder / f"{function.__name__}{key}"

@@ -176,14 +176,15 @@ def splats_apart(typing, address, stride, n):
 
 
 @intrinsic(prefer_literal=True)
-def load_several(typing, address, n):
-    """n vectors of floats, one behind another."""
+def load_apart(typing, address, stride, n):
+    """n vectors of floats, `stride` bytes apart."""
     kind = several(Floats, n.literal_value)
 
     def generate(context, b, sig, args):
-        return _join(b, kind, [_at(b, args[0], 64 * i, Floats.llvm) for i in range(kind.n)])
+        at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
+        return _join(b, kind, [_at(b, one, 0, Floats.llvm) for one in at])
 
-    return kind(types.intp, n), generate
+    return kind(types.intp, types.intp, n), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -438,6 +439,30 @@ def emit_sum(b: ir.IRBuilder, value: ir.Value, join) -> ir.Value:
 def lane_sum(typing, x):
     """The sum of all lanes, halves first."""
     return types.float32(Floats), lambda context, b, sig, args: emit_sum(b, args[0], b.fadd)
+
+
+@intrinsic
+def store_four_sums(typing, address, values):
+    """The lane sums of four vectors, in the order of lane_sum, as four floats to an address."""
+
+    def generate(context, b, sig, args):
+        def added(x, y, width, lanes):
+            """Every `width` lanes of x, then of y: their first half plus their second, `lanes` in all."""
+            first = [i for i in range(lanes) if i % width < width // 2]
+            first += [i + x.type.count for i in first] if y is not x else []
+            second = [i + width // 2 for i in first]
+            take = lambda order: b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
+            return b.fadd(take(first), take(second))
+
+        one, two, three, four = _split(b, sig.args[1], args[1], 4)
+        left, right = added(one, two, 16, 16), added(three, four, 16, 16)  # [8 of one, 8 of two], ...
+        fours = added(left, right, 8, 16)
+        pairs = added(fours, fours, 4, 16)
+        sums = added(pairs, pairs, 2, 8)
+        b.store(sums, b.inttoptr(args[0], sums.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, values), generate
 
 
 @intrinsic

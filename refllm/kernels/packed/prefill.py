@@ -21,9 +21,9 @@ from refllm.kernels.packed.lanes import (
     exponential,
     fma,
     larger,
+    load_apart,
     load_float,
     load_floats,
-    load_several,
     numbered,
     plus,
     splat,
@@ -83,7 +83,7 @@ def _add_values(shares, values, count, dim, fade, out):
     """out = fade * out + sum over keys of share * value; shares : (count, 16), out : (dim, 16)."""
     whole = dim // SOME * SOME
     for c in range(0, whole, SOME):
-        total = times(load_several(out + 64 * c, SOME), fade)
+        total = times(load_apart(out + 64 * c, 64, SOME), fade)
         for j in range(count):
             total = fma(load_floats(shares + 64 * j), splats(values + 4 * (dim * j + c), SOME), total)
         store_tokens(out + 64 * c, 64, total)
