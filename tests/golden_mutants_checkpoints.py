@@ -50,6 +50,8 @@ BUGS = {
         "rows_run_on": "OddSize",
         "twos_complement": "OffsetBinary",
         "global_scale_multiplies": "ReciprocalScale",
+        "first_global_scale": "FusedLayers",
+        "largest_global_scale": "FusedLayers",
         "blocks_of_the_other": "BlockSize",
         "e2m1_linear": "FloatCodes",
         "nan_is_480": "FloatCodes",
@@ -437,9 +439,14 @@ def compressed_floats(bug, params, given):
     index = group_of(bug, columns, scale.shape[1]) if bug == "groups_interleaved" else index
     out = {"codes": codes, "scale": scale}
     if nvfp4:
-        divisor = given["weight_global_scale"]
+        stored = given["weight_global_scale"]
+        parts = params.get("parts", [len(codes)])
+        need(sum(parts) == len(codes) and len(parts) == len(stored), bug, "no_shape_check")
+        divisor = np.resize(np.repeat(stored, np.resize(parts, len(stored))), (len(codes), 1))
+        if bug in ("first_global_scale", "largest_global_scale"):
+            divisor = stored.max() if bug[0] == "l" else stored[0]
         effective = e4m3(bug, scale) * divisor if bug == "global_scale_multiplies" else e4m3(bug, scale) / divisor
-        return out | {"global_scale": divisor, "w_hat": e2m1(bug, codes) * effective[:, index]}
+        return out | {"global_scale": stored, "w_hat": e2m1(bug, codes) * effective[:, index]}
     return out | {"w_hat": (e2m1(bug, codes) * e8m0(bug, scale, np.nan)[:, index]).astype(np.float32)}
 
 

@@ -28,6 +28,8 @@ def _compressed_tensors(params: dict, **arrays: np.ndarray) -> dict[str, np.ndar
     name = names.get(params["format"], "compressed_tensors")
     kind = {} if params["format"] in names else {"bits": params["bits"], "format": params["format"]}
     pack, unpack, dequantize = (getattr(checkpoints, f"{name}_{verb}") for verb in ("pack", "unpack", "dequantize"))
+    if "parts" in params:
+        return _fused(params, arrays)
     if params["direction"] == "pack":
         if "global_scale" in arrays:
             arrays["global_scale"] = arrays["global_scale"].item()
@@ -36,6 +38,22 @@ def _compressed_tensors(params: dict, **arrays: np.ndarray) -> dict[str, np.ndar
     if "global_scale" in read:
         read["global_scale"] = np.array([read["global_scale"]])
     return read | {"w_hat": dequantize(arrays, **kind)}
+
+
+def _fused(params: dict, arrays: dict) -> dict[str, np.ndarray]:
+    """Weights one below the other, read one by one."""
+    parts, names = params["parts"], ("weight_packed", "weight_scale")
+    if params["direction"] != "unpack" or sum(parts) != len(arrays["weight_packed"]):
+        raise ValueError(f"fused parts are only read, and have all rows: {len(arrays['weight_packed'])}, got {parts}")
+    if arrays["weight_global_scale"].shape != (len(parts),):
+        raise ValueError(f"each of {len(parts)} parts has a global scale, got {arrays['weight_global_scale'].shape}")
+    rows = [np.split(arrays[name], np.cumsum(parts)[:-1]) for name in names]
+    one = {name: value for name, value in params.items() if name != "parts"}
+    read = [
+        _compressed_tensors(one, **dict(zip(names, part, strict=True)), weight_global_scale=divisor)
+        for *part, divisor in zip(*rows, arrays["weight_global_scale"].reshape(-1, 1), strict=True)
+    ]
+    return {name: np.concatenate([part[name] for part in read]) for name in read[0]}
 
 
 def _bitsandbytes(params: dict, **arrays: np.ndarray) -> dict[str, np.ndarray]:

@@ -84,6 +84,9 @@ def _mistakes() -> tuple[Mistake, ...]:
         one("reciprocal-global-scale", "The scale of the whole tensor is taken for its reciprocal.",
             "compressed-tensors stores 2688 / amax and divides by it, ModelOpt amax / 2688 and multiplies.",
             ("modular/modular/issues/6600", "vllm-project/vllm/issues/54974")),
+        one("one-global-scale", "Fused weights share one global scale, though each was quantised with its own.",
+            "Keep one for each part, or rescale the block scales of the others.",
+            ("vllm-project/vllm/pull/47515", "NVIDIA/TensorRT-LLM/pull/14199", "vllm-project/vllm/issues/54974")),
         one("global-scale-ignored", "The scale of the whole tensor is left out.",
             "There are two levels of scales.", ("nunchux-ai/nunchaku/issues/362",)),
         one("reciprocal-scale", "A scale is taken for its reciprocal.",
@@ -114,6 +117,8 @@ def _mistakes() -> tuple[Mistake, ...]:
             "Group of column i = g_idx[i] (act-order).", ("AutoGPTQ/AutoGPTQ/issues/456",)),
         one("zero-outside-range", "The range of a group is not widened to include zero.",
             "lo = min(w, 0), hi = max(w, 0)."),
+        one("absmax-not-decoded", "The 8-bit codes of doubly quantised block scales are used as the scales.",
+            "absmax = table[code] * scale + offset.", ("bitsandbytes-foundation/bitsandbytes/pull/1549",)),
         one("absmax-offset-missing", "The offset of doubly quantised block scales is not added.",
             "absmax = table[code] * scale + offset."),
         # --- rounding

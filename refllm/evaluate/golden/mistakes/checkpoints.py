@@ -20,6 +20,8 @@ def predict(given: Given) -> Iterator[Hypothesis]:
     form = given.params.get("format")
     if reads and form in _INTEGERS and {"codes", "scale", "w_hat"} <= given.expected.keys():
         yield from _weights(given)
+    if "parts" in given.params:
+        yield from _fused(given)
     if given.op == "formats.bitsandbytes" and reads:
         yield from _bitsandbytes(given)
     if form == "i2_s" and reads:
@@ -105,8 +107,17 @@ def _weights(given: Given) -> Iterator[Hypothesis]:
         yield Hypothesis("all-zero-product", "blocks above 256", {})
 
 
+def _fused(given: Given) -> Iterator[Hypothesis]:
+    """One global scale for all parts of a fused weight."""
+    scales = given.inputs["weight_global_scale"]
+    for words, one in (("largest", scales.max()), ("smallest", scales.min()), ("first", scales[0])):
+        outputs = given.right(weight_global_scale=np.full_like(scales, one))
+        yield Hypothesis("one-global-scale", f"the {words}", {"w_hat": outputs["w_hat"]})
+        yield Hypothesis("one-global-scale", f"the {words}, stored", outputs)
+
+
 def _bitsandbytes(given: Given) -> Iterator[Hypothesis]:
-    """Another table, or scales whose offset is missing."""
+    """Another table, or scales whose offset is missing, or that are not decoded."""
     if "quant_map" not in given.inputs:
         return
     from refllm.formats.dtypes import FP4_BNB, NF4
@@ -120,6 +131,9 @@ def _bitsandbytes(given: Given) -> Iterator[Hypothesis]:
         wide = np.repeat(scale - offset, size)[: codes.size].reshape(codes.shape)
         w_hat = given.inputs["quant_map"][codes] * wide
         yield Hypothesis("absmax-offset-missing", "", {"scale": scale - offset, "w_hat": w_hat.astype(np.float32)})
+        stored = given.inputs["absmax"].astype(np.float32)
+        wide = np.repeat(stored, size)[: codes.size].reshape(codes.shape)
+        yield Hypothesis("absmax-not-decoded", "", {"scale": None, "w_hat": given.inputs["quant_map"][codes] * wide})
 
 
 def _i2_s(given: Given) -> Iterator[Hypothesis]:

@@ -7,6 +7,9 @@
     matrix.py     which cases kill which mutant, and what the doctor says
 
 A golden suite is worth what it kills: every mutant must fail at least one case, and the doctor should name it.
+
+Known defects of two kinds are missing, since no suite has an op that could show them: eviction budgets (NVIDIA/kvpress
+264: short contexts keep no token at all) and protocols of perplexity (EleutherAI/lm-evaluation-harness 2301).
 """
 
 from refllm.evaluate.golden.museum import layouts, methods, numbers

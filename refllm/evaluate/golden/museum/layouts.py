@@ -376,3 +376,37 @@ def _(op, params, inputs):
     outputs = right(op, params, inputs)
     w_hat = right(op, params, inputs | {"weight_global_scale": 1 / inputs["weight_global_scale"]})["w_hat"]
     return outputs | {"w_hat": w_hat}
+
+
+@ROOM.enter(
+    "nvfp4-fused-one-global-scale",
+    "formats/compressed_tensors",
+    "one-global-scale",
+    2026,
+    "vllm-project/vllm/pull/47515 NVIDIA/TensorRT-LLM/pull/14199",
+    "Gate and up were fused under the larger of their two global scales: their ratio, which SwiGLU needs, was wrong.",
+)
+def _(op, params, inputs):
+    reading(params, format="nvfp4-pack-quantized")
+    outputs, divisors = right(op, params, inputs), inputs["weight_global_scale"]
+    one = inputs | {"weight_global_scale": np.full_like(divisors, divisors.max())}
+    return outputs | {"w_hat": right(op, params, one)["w_hat"]}
+
+
+@ROOM.enter(
+    "bnb-absmax-still-quantised",
+    "formats/bitsandbytes",
+    "absmax-not-decoded",
+    2025,
+    "bitsandbytes-foundation/bitsandbytes/pull/1549",
+    "On the CPU the block scales of double quantisation were decoded, and then their codes were used all the same.",
+    outputs="codes w_hat",
+)
+def _(op, params, inputs):
+    reading(params)
+    outputs = right(op, params, inputs)
+    if not params.get("double_quant"):
+        return outputs
+    codes, size = outputs["codes"], params["blocksize"]
+    absmax = np.repeat(inputs["absmax"].astype(np.float32), size)[: codes.size].reshape(codes.shape)
+    return outputs | {"w_hat": inputs["quant_map"][codes] * absmax}

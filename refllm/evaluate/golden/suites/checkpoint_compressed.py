@@ -36,6 +36,8 @@ HEADER = [
     "as "
     "weight_packed u8 [out, in / 2] (even column low nibble), weight_scale, weight_global_scale. w_hat = E2M1 times "
     "(E4M3(scale) / global_scale), both operations in float32.",
+    "With param parts several NVFP4 weights lie one below the other, as engines fuse q, k and v or gate and up: parts "
+    "are their numbers of rows, global_scale is f32 [parts], and each part has its own. Only unpack.",
     "mxfp4-pack-quantized: the same codes, scale f8_e8m0fnu [out, in / 32]; w_hat = E2M1 times 2^(scale - 127). "
     "Declare "
     "scale_255=infinite if 255 is an infinity and not NaN.",
@@ -137,13 +139,16 @@ def times(a: float, b: float) -> float:
     return float(to_f32(exact))
 
 
-def _floats(id, comment, flags, form, codes, scale, divisor=None) -> list[CaseSpec]:
+def _floats(id, comment, flags, form, codes, scale, divisor=None, parts=None) -> list[CaseSpec]:
+    """Both directions of one weight; of fused ones, `parts` rows with a divisor each, only reading."""
+    divisors = divisor if parts else [divisor]
+    of_row = [d for d, rows in zip(divisors, parts or [len(codes)], strict=True) for _ in range(rows)]
     nvfp4, mxfp4 = form == "nvfp4-pack-quantized", form == "mxfp4-pack-quantized"
     dtype = "f8_e4m3fn" if nvfp4 else "f8_e8m0fnu" if mxfp4 else "f32"
     given = {"codes": ("u8" if nvfp4 or mxfp4 else "f8_e4m3fn", codes), "scale": (dtype, scale)}
     stored = {"weight_scale": (dtype, scale)}
     if nvfp4:
-        given["global_scale"] = stored["weight_global_scale"] = ("f32", [divisor])
+        given["global_scale"] = stored["weight_global_scale"] = ("f32", divisors)
     if nvfp4 or mxfp4:
         stored["weight_packed"] = ("u8", [words(row, 4, 8) for row in codes])
     else:
@@ -152,7 +157,7 @@ def _floats(id, comment, flags, form, codes, scale, divisor=None) -> list[CaseSp
     def factor(o, i, at_255):
         if nvfp4:
             s = decode("FP8_E4M3FN", scale[o][i // 16])
-            return s if s != s else float(to_f32(Fraction(s) / Fraction(divisor)))
+            return s if s != s else float(to_f32(Fraction(s) / Fraction(of_row[o])))
         if mxfp4:
             return at_255 if scale[o][i // 32] == 255 else 2.0 ** (scale[o][i // 32] - 127)
         return scale[o][i // (len(codes[0]) // len(scale[0]))]
@@ -166,11 +171,9 @@ def _floats(id, comment, flags, form, codes, scale, divisor=None) -> list[CaseSp
     ways = {"nan": w_hat(float("nan")), "infinite": w_hat(float("inf"))}
     special = mxfp4 and any(255 in row for row in scale)
     read = given | {"w_hat": variants("f32", "scale_255", ways, ANY_ZERO) if special else ("f32", ways["nan"])}
-    params = {"format": form}
-    return [
-        case(id, comment, flags, {"direction": "pack"} | params, given, stored),
-        case(100 + id, comment, flags, {"direction": "unpack"} | params, stored, read),
-    ]
+    params = {"format": form} | ({"parts": parts} if parts else {})
+    reading = case(100 + id, comment, flags, {"direction": "unpack"} | params, stored, read)
+    return [reading] if parts else [case(id, comment, flags, {"direction": "pack"} | params, given, stored), reading]
 
 
 def _float_cases() -> list[CaseSpec]:
@@ -184,6 +187,13 @@ def _float_cases() -> list[CaseSpec]:
         *_floats(33, "scale / global scale is no float32", "ReciprocalScale", "nvfp4-pack-quantized", every, [[0x35]],
                 3.0),
         *_floats(34, "a NaN scale", "FloatCodes", "nvfp4-pack-quantized", every, [[0x7F]], 1.0),
+        *_floats(35, "gate and up fused, global scales 4 and 8", "FusedLayers", "nvfp4-pack-quantized",
+                 [[(5 * i + o) % 16 for i in range(16)] for o in range(4)], [[one], [one + 8], [one], [0x7E]],
+                 [4.0, 8.0], [2, 2]),
+        *_floats(36, "q, k and v fused: 3, 1 and 2 rows", "FusedLayers GroupBoundary", "nvfp4-pack-quantized",
+                 [[(7 * i + 3 * o) % 16 for i in range(32)] for o in range(6)],
+                 [[one + o, one + 8 - o] for o in range(6)], [96.0, 1.5, 24.0], [3, 1, 2]),
+        *_floats(37, "one part is no fusion", "FusedLayers", "nvfp4-pack-quantized", every, [[one]], [2.0], [1]),
         *_floats(41, "2 x 64, scales 1 to 2^3", "NibbleOrder BlockSize GroupBoundary", "mxfp4-pack-quantized",
                  [[(3 * i + o) % 16 for i in range(64)] for o in range(2)], [[127, 130], [128, 124]]),
         *_floats(42, "scale codes 0 and 254", "E8m0Scale", "mxfp4-pack-quantized", [[1, 2, 3, 9] * 16], [[0, 254]]),
@@ -228,6 +238,14 @@ def _rejected() -> list[CaseSpec]:
                 e2m1 | {"codes": ("u8", [[1] * 16]), "global_scale": ("f32", [0.0])}),
         invalid(314, "mxfp4: 48 columns", "WidthNotDividing", nvfp4 | {"format": "mxfp4-pack-quantized"},
                 {"codes": ("u8", [[1] * 48]), "scale": ("f8_e8m0fnu", [[127]])}, "shape"),
+        invalid(315, "nvfp4: fused parts of 1 + 2 rows in 2", "BadShape",
+                {"direction": "unpack", "format": "nvfp4-pack-quantized", "parts": [1, 2]},
+                {"weight_packed": ("u8", [[17] * 8] * 2), "weight_scale": ("f8_e4m3fn", [[0x38]] * 2),
+                 "weight_global_scale": ("f32", [1.0, 2.0])}, "shape"),
+        invalid(316, "nvfp4: two fused parts, one global scale", "BadShape",
+                {"direction": "unpack", "format": "nvfp4-pack-quantized", "parts": [1, 1]},
+                {"weight_packed": ("u8", [[17] * 8] * 2), "weight_scale": ("f8_e4m3fn", [[0x38]] * 2),
+                 "weight_global_scale": ("f32", [1.0])}, "shape"),
     ]  # fmt: skip
 
 
@@ -246,6 +264,5 @@ def suite() -> SuiteSpec:
     title = (
         "compressed-tensors checkpoints: integer and float codes, zero points and scales to and from the stored tensors"
     )
-    return SuiteSpec(
-        head("compressed_tensors", title, HEADER, "checkpoint_compressed"), checkpoint_notes.COMPRESSED, groups
-    )
+    top = head("compressed_tensors", title, HEADER, "checkpoint_compressed") | {"suite_version": "1.1.0"}
+    return SuiteSpec(top, checkpoint_notes.COMPRESSED, groups)

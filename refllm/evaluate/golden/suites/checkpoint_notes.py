@@ -119,6 +119,13 @@ COMPRESSED = notes(
         "Weights too large by the square of the global scale.",
         "modular/modular/issues/6600",
     ),
+    FusedLayers=note(
+        "LAYOUT",
+        "Weights that are fused keep the global scale of each: one for all is right only if they were quantised so.",
+        "Gate or up is off by the quotient of the scales, and the model is only a little worse.",
+        "vllm-project/vllm/pull/47515",
+        "NVIDIA/TensorRT-LLM/pull/14199",
+    ),
     BlockSize=note("LAYOUT", "NVFP4 has a scale per 16 columns, MXFP4 one per 32."),
     FloatCodes=note("BASIC", "Every code of E2M1, and E4M3 with its NaN."),
     E8m0Scale=note(
