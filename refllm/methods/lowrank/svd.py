@@ -14,7 +14,7 @@ Differs from it: the factors are rounded to float16 (each entry by at most 2^-11
 float64 decomposition.
 Stage: memory, prefill, decode
 Inventory: 78
-Lesson: lessons/06-zeros-and-ranks.md
+Lesson: lessons/08-zeros-and-ranks.md
 Golden: lowrank/svd
 Baseline: none, optimal for its rank
 """

@@ -11,7 +11,7 @@ Differs from the paper: one shot, no retraining; exactly int(sparsity * n) weigh
 where common code takes a threshold with <= and drops one more. Kept values are stored as float16.
 Stage: memory
 Inventory: none
-Lesson: lessons/06-zeros-and-ranks.md
+Lesson: lessons/08-zeros-and-ranks.md
 Golden: prune/magnitude
 Baseline: none, this is the baseline
 """

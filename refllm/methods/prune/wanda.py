@@ -13,7 +13,7 @@ int(sparsity * in) weights go from every row, equal scores lowest column first; 
 code names the number removed. Kept values are stored as float16, rounded to nearest even.
 Stage: memory, decode; prefill on hardware with 2:4 units
 Inventory: 50
-Lesson: lessons/06-zeros-and-ranks.md
+Lesson: lessons/08-zeros-and-ranks.md
 Golden: prune/wanda
 Baseline: magnitude:per_row=true
 """

@@ -89,11 +89,11 @@ def suite() -> SuiteSpec:
     """The suite prune/magnitude."""
     head = {
         "suite": "prune/magnitude",
-        "suite_version": "1.0.1",
+        "suite_version": "1.0.2",
         "op": "prune.magnitude",
         "title": "Pruning by magnitude: masks, kept values, bitmasks and 2:4 indices",
         "header": _OWN + HEADER,
-        "lesson": "lessons/06-zeros-and-ranks.md",
+        "lesson": "lessons/08-zeros-and-ranks.md",
         "generator": {"name": "refllm golden regen, suites/magnitude.py", "version": "1"},
     }
     source = {"kind": "first_principles", "name": "the header above, by sorting exact scores"}

@@ -168,11 +168,11 @@ def suite() -> SuiteSpec:
     """The suite lowrank/svd."""
     head = {
         "suite": "lowrank/svd",
-        "suite_version": "1.0.1",
+        "suite_version": "1.0.2",
         "op": "lowrank.svd",
         "title": "Truncated singular value decomposition: factors, their product, its error, the rank",
         "header": HEADER,
-        "lesson": "lessons/06-zeros-and-ranks.md",
+        "lesson": "lessons/08-zeros-and-ranks.md",
         "generator": {"name": "refllm golden regen, suites/svd.py", "version": "1"},
     }
     source = {"kind": "first_principles", "name": "products of known factors; #30 by Jacobi rotations"}

@@ -102,11 +102,11 @@ def suite() -> SuiteSpec:
     """The suite prune/wanda."""
     head = {
         "suite": "prune/wanda",
-        "suite_version": "1.0.1",
+        "suite_version": "1.0.2",
         "op": "prune.wanda",
         "title": "Pruning by weight times input norm: masks, kept values, bitmasks and 2:4 indices",
         "header": _OWN + HEADER,
-        "lesson": "lessons/06-zeros-and-ranks.md",
+        "lesson": "lessons/08-zeros-and-ranks.md",
         "generator": {"name": "refllm golden regen, suites/wanda.py", "version": "1"},
     }
     source = {"kind": "first_principles", "name": "the header above, by sorting exact squares of scores"}
