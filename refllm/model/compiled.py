@@ -241,7 +241,7 @@ class Compiled:
         """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias."""
         from refllm.kernels.packed.decode_step import dense_address
         from refllm.kernels.packed.quantized import GGUFBlocks
-        from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, product_address
+        from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, laid_kind, product_address
         from refllm.kernels.packed.tiling import ROWS, tiles_of
 
         weight = self.model.weights[name]
@@ -256,7 +256,8 @@ class Compiled:
         if self.model.runtime.activations == "int8" and has_codes(weight):
             kind = BLOCKS if isinstance(weight, GGUFBlocks) else TOKEN
         self._kept.append(made)
-        return self._address(made.table), product_address(made.form, kind != FLOAT, n), kind, tiles, bias
+        kernel = product_address(made.form, kind != FLOAT, n)
+        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias
 
     def _address(self, array: np.ndarray) -> int:
         """Where an array lies; it is kept as long as this step."""

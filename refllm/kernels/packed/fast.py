@@ -20,7 +20,15 @@ from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.reference import GGUF_BLOCK, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.threads import over_rows
-from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS, lay_out_address, product_address
+from refllm.kernels.packed.tile_kernels import (
+    BLOCKS,
+    FLOAT,
+    TOKEN,
+    TOKENS,
+    laid_kind,
+    lay_out_address,
+    product_address,
+)
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles, tiles_of
 
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
@@ -46,16 +54,19 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     x = _padded(x, blocks * BLOCK)
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))
-    codes = np.empty((most, blocks, n, BLOCK), np.float32 if kind == FLOAT else np.int8)
-    scale, sums = np.empty((most, blocks, n), np.float32), np.empty((most, blocks, 3, n), np.float32)
     y = np.empty((panels * n, len(tiles.codes) * ROWS), np.float32)
+    each = blocks * n  # of a panel: so many blocks of numbers, scales, and three times as many sums
+    codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
+    laid = np.empty(codes_bytes + 4 * scale_bytes, np.uint8)
+    at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
+    laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
     lay_out, product = _lay_out(n), _product(tiles.form, kind != FLOAT, n)
-    laid_out = codes.ctypes.data, scale.ctypes.data, sums.ctypes.data
+    wanted = laid_kind(tiles.form, kind)
     for start in range(0, panels, most):
-        some, count = x[start * n : (start + most) * n], min(most, panels - start)
-        source = some.ctypes.data, len(some), some.shape[1], some.strides[0], kind, *laid_out
-        over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, some.size)
-        target = tiles.table.ctypes.data, *laid_out, y[start * n :].ctypes.data, y.strides[0], count
+        done, count = start * n, min(most, panels - start)
+        source = from_x + done * x.strides[0], tokens - done, x.shape[1], x.strides[0], wanted, *laid_out
+        over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
+        target = tiles.address, *laid_out, to_y + done * stride, stride, count
         work = tiles.codes.size * count * n
         over_rows(lambda first, last, target=target: product(*target, first, last), len(tiles.codes), work)
     return y[:tokens, : tiles.shape[0]]
@@ -65,7 +76,7 @@ def _padded(x: np.ndarray, columns: int) -> np.ndarray:
     """Rows of so many columns, zero beyond their end; contiguous and aligned."""
     if x.shape[1] < columns:
         x = np.pad(x, ((0, 0), (0, columns - x.shape[1])))
-    return np.require(x, requirements=["C", "A"])
+    return x if x.flags.carray and x.dtype == np.float32 else np.require(x, np.float32, ["C", "A"])
 
 
 @cache

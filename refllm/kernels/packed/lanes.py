@@ -324,24 +324,29 @@ def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
 
 
 @intrinsic(prefer_literal=True)
-def integer_products(typing, codes, x, bits, part, parts, n):
+def integer_products(typing, codes, x, begin, bits, part, parts, n):
     """Sums of code * x over a block (parts = 1) or one half of it (parts = 2), as floats: exact.
 
     codes : address of the block's codes. x : address of n times 32 int8 numbers, one token after another.
+    begin : address of n int32 numbers that the sums begin with; 0, a constant: with 0.
     """
     width, count = bits.literal_value, n.literal_value
+    from_zero = isinstance(begin, types.Literal)
     quads = _quads(part.literal_value, parts.literal_value)
     kind, form = several(Floats, count), dot_form(width)
 
     def generate(context, b, sig, args):
-        sums = [constant(Ints.llvm, 0)] * count
+        if from_zero:
+            sums = [constant(Ints.llvm, 0)] * count
+        else:
+            sums = [_splat(b, _at(b, args[2], 4 * i, I32)) for i in range(count)]
         for quad, some in zip(quads, _code_quads(b, args[0], width, quads), strict=True):
             for i in range(count):
                 four = b.bitcast(_splat(b, _at(b, args[1], BLOCK * i + 4 * quad, I32)), BYTES)
                 sums[i] = _add_dot(b, form, sums[i], some, four)
         return _join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
 
-    return kind(types.intp, types.intp, bits, part, parts, n), generate
+    return kind(types.intp, types.intp, begin, bits, part, parts, n), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -492,6 +497,17 @@ def store_float(typing, address, value):
 
     def generate(context, b, sig, args):
         b.store(args[1], b.inttoptr(args[0], F32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32), generate
+
+
+@intrinsic
+def store_whole(typing, address, value):
+    """A float that is a whole number, as a 32-bit integer to an address."""
+
+    def generate(context, b, sig, args):
+        b.store(b.fptosi(args[1], I32), b.inttoptr(args[0], I32.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), generate

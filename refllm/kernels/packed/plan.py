@@ -12,7 +12,7 @@ LINEAR = np.dtype(
     [
         ("table", _ADDRESS),  # of the weight, as its kernel wants it
         ("kernel", _ADDRESS),  # a tile product for the number of tokens at hand
-        ("kind", np.int64),  # of activations: FLOAT, BLOCKS, TOKEN
+        ("kind", np.int64),  # of activations, as tile_kernels.laid_kind gives it
         ("tiles", np.int64),
         ("bias", _ADDRESS),  # padded to whole tiles
     ]

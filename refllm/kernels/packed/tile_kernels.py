@@ -8,7 +8,8 @@ Activations (of `n` tokens together, a panel) as a kernel reads them, each behin
 
     x      [panel, block, n, 32]   float32, or int8 codes
     scale  [panel, block, n]       float32: x = scale * code; not read with float32 activations
-    sums   [panel, block, 3, n]    float32: sum of the 32 numbers x, of the first 16, of the last 16
+    sums   [panel, block, 3, n]    sum of the 32 numbers x, of the first 16, of the last 16: as float32; or, for forms
+                                   with a constant zero and int8 codes, -zero times it as int32 (laid_kind)
 """
 
 from functools import cache
@@ -41,6 +42,7 @@ from refllm.kernels.packed.lanes import (
     store_float,
     store_floats,
     store_tokens,
+    store_whole,
     times,
     word,
     zeros,
@@ -49,19 +51,34 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
 PANELS = 16  # activations of so many panels are used again while they lie in the second-level cache
 TOKENS = 12  # of a panel where there are many: 12 sums, their parts and the codes fill 32 registers
+FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
 FIELDS = 6  # of a table of addresses: codes, scale, low, tops, blocks, per
+
+
+def _begins(form: Form, integers: bool) -> bool:
+    """Whether the sums of a product begin with -offset * (sum of x), so that a constant zero costs nothing."""
+    return integers and form.low == "constant" and form.offset > 0
+
+
+def laid_kind(form: Form, kind: int) -> int:
+    """The kind of activations that a form wants: `kind`, and above it the offset of sums that begin with it."""
+    return kind | form.offset << 2 if _begins(form, kind != FLOAT) else kind
 
 
 def _products(form: Form, integers: bool, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
-    bits, parts, minimum = form.bits, form.parts, form.low in ("minimum", "levels")
+    bits, parts, minimum, own_zero = form.bits, form.parts, form.low in ("minimum", "levels"), form.low == "zero"
+    begins = _begins(form, integers)
     at = 4 * n * (part + parts - 1)  # of the sums of this part
 
     @register_jitable(forceinline=True)  # or LLVM hands the sums over through memory
     def add_products(total, codes, x, step, sums, scale, zero, lowest):
         of = splats(sums + at, n)
-        if integers:
-            p = times(minus_product(integer_products(codes, x, bits, part, parts, n), zero, of), step)
+        if begins:
+            p = times(integer_products(codes, x, sums + at, bits, part, parts, n), step)
+        elif integers:
+            p = integer_products(codes, x, 0, bits, part, parts, n)
+            p = times(minus_product(p, zero, of) if own_zero else p, step)
         else:
             p = float_products(codes, x, zero, bits, part, parts, n)
         total = fma(p, scale, total)
@@ -167,9 +184,6 @@ def _levels_text(form: Form, integers: bool, n: int):
     return tile_product
 
 
-FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
-
-
 @register_jitable
 def _amax(x, columns):
     """The largest magnitude of `columns` floats (a multiple of 32) and, added to it, NaN if one is not finite."""
@@ -184,11 +198,11 @@ def _amax(x, columns):
 def lay_out_text(n: int):
     """Activations of the panels first <= panel < last as the products read them; reference: quantize_activations.
 
-    source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32.
+    source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32. kind : laid_kind.
     """
 
     def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
-        blocks = columns // BLOCK
+        blocks, offset, kind = columns // BLOCK, np.float32(kind >> 2), kind & 3
         for panel in range(first, last):
             for i in range(n):
                 token = panel * n + i
@@ -215,9 +229,14 @@ def lay_out_text(n: int):
                         high = store_codes(x + BLOCK * at + 16, nearest(divide(high, divisor)))
                     store_float(x_scale + 4 * at, scale)
                     first_half, second_half = lane_sum(low), lane_sum(high)
-                    store_float(sums, first_half + second_half)
-                    store_float(sums + 4 * n, first_half)
-                    store_float(sums + 8 * n, second_half)
+                    if offset > 0:
+                        store_whole(sums, -offset * (first_half + second_half))
+                        store_whole(sums + 4 * n, -offset * first_half)
+                        store_whole(sums + 8 * n, -offset * second_half)
+                    else:
+                        store_float(sums, first_half + second_half)
+                        store_float(sums + 4 * n, first_half)
+                        store_float(sums + 8 * n, second_half)
 
     return lay_out
 

@@ -114,6 +114,11 @@ class Tiles:
         addresses = [0 if a is None else a.ctypes.data for a in self._arrays]
         return np.array([*addresses, self.codes.shape[1], self.per], np.int64)
 
+    @cached_property
+    def address(self) -> int:
+        """Of the table."""
+        return self.table.ctypes.data
+
 
 def tile_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes -> tiles.
