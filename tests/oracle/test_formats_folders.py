@@ -71,6 +71,8 @@ SCHEMES = {
     "int8 channel": ("int-quantized", dict(num_bits=8, strategy="channel")),
     "int8 channel asymmetric": ("int-quantized", dict(num_bits=8, strategy="channel", symmetric=False)),
     "int8 tensor": ("int-quantized", dict(num_bits=8, strategy="tensor")),
+    "int8 tensor asymmetric": ("int-quantized", dict(num_bits=8, strategy="tensor", symmetric=False)),
+    "W4 tensor asymmetric": ("pack-quantized", dict(num_bits=4, strategy="tensor", symmetric=False)),
     "naive int8": ("naive-quantized", dict(num_bits=8, strategy="channel")),
     "fp8 channel": ("float-quantized", dict(num_bits=8, type="float", strategy="channel")),
     "fp8 tensor": ("float-quantized", dict(num_bits=8, type="float", strategy="tensor")),
@@ -170,6 +172,7 @@ OURS = {
     "pack-quantized W4 g32 asymmetric": "rtn:bits=4,group=32",
     "pack-quantized W3 channel": "rtn:bits=3,group=-1,symmetric=true",
     "pack-quantized W8 tensor": "rtn:bits=8,group=0,symmetric=true",
+    "pack-quantized W4 tensor asymmetric": "rtn:bits=4,group=0",
     "pack-quantized mixed": "rtn:group=32,symmetric=true,only=attn+rtn:bits=8,symmetric=true,only=mlp.up",
 }
 

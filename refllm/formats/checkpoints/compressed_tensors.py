@@ -13,6 +13,7 @@ Units run along `in` for the codes and along `out` for the zero points; nothing 
 
 The software thinks of codes as signed, -2^(bits-1) .. 2^(bits-1) - 1; int-quantized stores them so, pack-quantized with
 2^(bits-1) added. Here codes and zero points are 0 .. 2^bits - 1 in both, so that a symmetric grid has 2^(bits-1).
+Strategy "tensor" has one scale, and one zero point that is a signed I8 in all formats; model/quantized reads it.
 
     w[o, i] = weight_scale[o, g] (q[o, i] - zero_point[o, g])
 
@@ -72,7 +73,7 @@ def _packed(bits: int) -> Stored:
                 "out",
                 (f"ceil(out * {bits} / 32)", "groups"),
                 "I32",
-                "only if not symmetric; packed along out, unlike the codes",
+                "only if not symmetric; packed along out, unlike the codes; strategy tensor: one signed I8",
             ),
             _G_IDX,
         ),

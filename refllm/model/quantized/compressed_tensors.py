@@ -18,7 +18,7 @@ from refllm.formats.checkpoints import (
 from refllm.formats.checkpoints import compressed_floats as float_layouts
 from refllm.formats.checkpoints import compressed_tensors as integers
 from refllm.formats.tensors import StoredTensor
-from refllm.kernels.grids import PER_CHANNEL, PER_TENSOR
+from refllm.kernels.grids import PER_CHANNEL, PER_TENSOR, AffineGrid, SymmetricGrid
 from refllm.kernels.packed.codes import scale_shape
 from refllm.kernels.packed.records import CodeWeight, IntWeight, Record, Reordered
 from refllm.model.quantized.base import (
@@ -206,7 +206,10 @@ def _form(scheme: dict) -> Stored:
 def load(values: dict, tensors: Mapping[str, StoredTensor], module: str) -> Record:
     """The record of one module; raises ValueError for tensors that are missing, misshapen or of another dtype."""
     scheme = values["scheme"](module)
-    found = arrays({name: tensor for name, tensor in tensors.items() if name not in _OF_INPUTS}, _form(scheme))
+    left_out = (*_OF_INPUTS, "weight_zero_point") if _per_tensor(scheme) else _OF_INPUTS
+    found = arrays({name: tensor for name, tensor in tensors.items() if name not in left_out}, _form(scheme))
+    if _per_tensor(scheme):
+        return _load_per_tensor(scheme, found, tensors.get("weight_zero_point"))
     load_one = {
         "float-quantized": _load_float,
         "nvfp4-pack-quantized": _load_nvfp4,
@@ -216,22 +219,42 @@ def load(values: dict, tensors: Mapping[str, StoredTensor], module: str) -> Reco
 
 
 def _load_integers(scheme: dict, found: dict) -> Record:
-    scale = found.get("weight_scale")
-    per_tensor = scheme["strategy"] == "tensor"
-    if scale is not None and per_tensor:
-        if scale.size != 1 or found.get("weight_zero_point") is not None:
-            raise ValueError(f"strategy 'tensor' is read with one scale and no zero point, got scales {scale.shape}")
-        rows = found["weight"].shape[0] if "weight" in found else int(found.get("weight_shape", [1])[0])
-        found = found | {"weight_scale": np.broadcast_to(scale.reshape(1, 1), (rows, 1))}
-    if (found.get("weight_zero_point") is None) != scheme["symmetric"]:
-        word = "there is a weight_zero_point" if scheme["symmetric"] else "there is no weight_zero_point"
-        raise ValueError(f"the config says symmetric = {str(scheme['symmetric']).lower()}, but {word}")
+    _check_symmetry(scheme, found.get("weight_zero_point") is not None)
     grouped = compressed_tensors_unpack(found, bits=scheme["bits"], format=scheme["format"])
     check_groups(grouped.scale.shape[1], grouped.codes.shape[1], scheme["group_size"])
-    record = record_of(grouped, scheme["bits"], scheme["symmetric"])
-    if per_tensor and isinstance(record, IntWeight):
-        return IntWeight(record.codes, record.scale[:1].copy(), None, record.bits, PER_TENSOR, record.columns)
-    return record
+    return record_of(grouped, scheme["bits"], scheme["symmetric"])
+
+
+def _per_tensor(scheme: dict) -> bool:
+    return scheme["format"] in INTEGER_FORMATS and scheme["strategy"] == "tensor"
+
+
+def _load_per_tensor(scheme: dict, found: dict, zero: StoredTensor | None) -> IntWeight:
+    """One scale for all; the zero point lies beside it as an int8, also where those of groups are packed."""
+    _check_symmetry(scheme, zero is not None)
+    scale, bits = found.get("weight_scale"), scheme["bits"]
+    if scale is None or scale.size != 1:
+        raise ValueError(f"strategy 'tensor' needs one weight_scale, got {'none' if scale is None else scale.shape}")
+    rows = found["weight"].shape[0] if "weight" in found else int(found.get("weight_shape", [1])[0])
+    found = found | {"weight_scale": np.broadcast_to(scale.reshape(1, 1), (rows, 1))}
+    codes = compressed_tensors_unpack(found, bits=bits, format=scheme["format"]).codes
+    one = scale.reshape(1, 1).copy()
+    if zero is None:
+        return IntWeight.pack(SymmetricGrid(bits, PER_TENSOR), codes, one, None)
+    middle, number = 1 << bits - 1, zero.stored()
+    if zero.dtype != "I8" or number.size != 1 or not -middle <= number.item() < middle:
+        raise ValueError(
+            f"strategy 'tensor' needs one weight_zero_point, I8 of {-middle}..{middle - 1}, got {zero.dtype} of shape "
+            f"{number.shape}{f': {number.item()}' if number.size == 1 else ''}"
+        )
+    return IntWeight.pack(AffineGrid(bits, PER_TENSOR), codes, one, np.array([[number.item() + middle]], np.uint8))
+
+
+def _check_symmetry(scheme: dict, has_zero_point: bool) -> None:
+    """Raise ValueError if there are zero points and should be none, or the reverse."""
+    if has_zero_point == scheme["symmetric"]:
+        word = "there is a weight_zero_point" if has_zero_point else "there is no weight_zero_point"
+        raise ValueError(f"the config says symmetric = {str(scheme['symmetric']).lower()}, but {word}")
 
 
 def _load_float(scheme: dict, found: dict) -> CodeWeight:

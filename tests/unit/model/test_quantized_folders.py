@@ -215,6 +215,55 @@ def test_a_label_that_lies(tmp_path, bits, stored, label):
     load(tmp_path / "m")
 
 
+def one_for_all(folder, form="pack-quantized"):
+    """A folder with one scale and zero point a tensor, from one whose rows all have the same."""
+    arrays, dtypes, config = read(folder)
+    for name in [name for name in arrays if name.endswith("weight_scale")]:
+        module = name.removesuffix(".weight_scale")
+        arrays[name] = arrays[name][:1].reshape(1)
+        zero = arrays[f"{module}.weight_zero_point"][0, 0] & 15
+        arrays[f"{module}.weight_zero_point"] = np.int8([zero - 8])
+        dtypes[f"{module}.weight_zero_point"] = "I8"
+        if form == "int-quantized":
+            rows, columns = arrays.pop(f"{module}.weight_shape")
+            words = arrays.pop(f"{module}.weight_packed").view(np.uint8)
+            codes = np.stack([words & 15, words >> 4], axis=-1).reshape(rows, -1)[:, :columns]
+            arrays[f"{module}.weight"], dtypes[f"{module}.weight"] = codes.astype(np.int8) - np.int8(8), "I8"
+    config["quantization_config"]["format"] = form
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["format"], group["weights"]["strategy"] = form, "tensor"
+    write(folder, arrays, dtypes, config)
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_one_scale_and_zero_point_a_tensor(model, tmp_path, form):
+    small = compress(model, "rtn:bits=4,group=0")
+    save(small, tmp_path / "m", "compressed-tensors")
+    one_for_all(tmp_path / "m", form)
+    assert_same(load(tmp_path / "m"), small)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("weight_zero_point", None, "symmetric = false, but there is no weight_zero_point"),
+        ("weight_zero_point", np.int8([0, 0]), r"needs one weight_zero_point, I8 of -8..7, got I8 of shape \(2,\)"),
+        ("weight_zero_point", np.int8([8]), r"got I8 of shape \(1,\): 8"),
+        ("weight_zero_point", np.int32([8]), "got I32"),
+        ("weight_scale", np.float32([1, 1]), r"needs one weight_scale, got \(2,\)"),
+        ("weight_scale", None, "needs one weight_scale, got none"),
+    ],
+)
+def test_one_scale_and_zero_point_a_tensor_that_are_wrong(model, tmp_path, name, value, why):
+    save(compress(model, "rtn:bits=4,group=0"), tmp_path / "m", "compressed-tensors")
+    one_for_all(tmp_path / "m")
+    arrays, dtypes, config = read(tmp_path / "m")
+    del arrays[f"{Q}.{name}"], dtypes[f"{Q}.{name}"]
+    write(tmp_path / "m", arrays | ({} if value is None else {f"{Q}.{name}": value}), dtypes, config)
+    with pytest.raises(FormatError, match=f"{Q}: .*{why}"):
+        load(tmp_path / "m")
+
+
 def change(key, value):
     def edit(arrays, config):
         config["quantization_config"][key] = value
