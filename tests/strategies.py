@@ -1,8 +1,8 @@
 """Hypothesis strategies shared by all tests: weights, calibration inputs and activations that look for trouble.
 
 `weights` and `inputs` draw one kind for a whole matrix; `mixed_weights` and `activations` draw a kind for every row,
-by name (WEIGHT_ROWS, ACTIVATION_ROWS). PROPERTY is the setting for a property. tests/unit/test_strategies.py checks
-that every kind is really drawn.
+by name (WEIGHT_ROWS, ACTIVATION_ROWS). PROPERTY is the setting for a property, KERNEL that of a compiled kernel.
+tests/unit/test_strategies.py checks that every kind is really drawn.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+KERNEL = settings(PROPERTY, max_examples=200)  # of a compiled kernel against its text
 KINDS = ("normal", "ties", "constant", "zero_row", "zeros", "outlier", "one_sign", "tiny", "mixed_scales")
 WIDTHS = st.integers(1, 24)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refllm.kernels.attention import attend
 from refllm.methods.kvcache.kivi import KiviStore
-from tests.strategies import PROPERTY, gamma
+from tests.strategies import KERNEL, gamma
 
 
 def tokens(rng, count, heads, dim, size=1.0):
@@ -16,7 +16,7 @@ def tokens(rng, count, heads, dim, size=1.0):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@PROPERTY
+@KERNEL
 @given(data=st.data())
 def test_equals_attention_over_the_dequantised_cache(bits, data):
     group = data.draw(st.sampled_from([16, 32]))

@@ -2,17 +2,16 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.packed import ladder, reference, threads
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
 from refllm.kernels.packed.records import IntWeight
-from tests.strategies import ACTIVATION_ROWS, PROPERTY, activation_row, gamma, weight_row
+from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma, weight_row
 from tests.unit.kernels.packed.test_tiling import int_weight
 
-MANY = settings(PROPERTY, max_examples=200)
 ROWS, GROUPS, SEEDS = st.integers(1, 35), st.integers(1, 4), st.integers(0, 2**16)
 GRID = SymmetricGrid(4, 32)
 
@@ -33,7 +32,7 @@ def tolerance(x, weight):
 
 
 @pytest.mark.parametrize("rung", ladder.RUNGS, ids=lambda rung: rung.__name__)
-@MANY
+@KERNEL
 @given(ROWS, GROUPS, st.sampled_from(ACTIVATION_ROWS), SEEDS, st.booleans())
 def test_a_rung_is_within_its_roundings_of_the_text_and_of_the_last(rung, rows, groups, kind, seed, largest):
     weight = int_weight(GRID, rows, 32 * groups, seed, largest)
@@ -47,7 +46,7 @@ def test_a_rung_is_within_its_roundings_of_the_text_and_of_the_last(rung, rows, 
 
 
 @pytest.mark.parametrize("rung", ladder.RUNGS[:-1], ids=lambda rung: rung.__name__)
-@MANY
+@KERNEL
 @given(ROWS, GROUPS, SEEDS, st.booleans(), st.sampled_from(["any", "largest", "smallest"]))
 def test_whole_numbers_to_the_bit(rung, rows, groups, seed, largest, kind):
     """Scales of 1 and activations with largest magnitude 127 leave whole numbers all the way: no rung may differ.
@@ -62,7 +61,7 @@ def test_whole_numbers_to_the_bit(rung, rows, groups, seed, largest, kind):
     assert np.array_equal(rung(x, weight), exact) and np.array_equal(ladder.tiles(x, weight), exact)
 
 
-@MANY
+@KERNEL
 @given(ROWS, GROUPS, st.sampled_from(ACTIVATION_ROWS), SEEDS)
 def test_the_first_four_rungs_round_alike(rows, groups, kind, seed):
     weight = int_weight(GRID, rows, 32 * groups, seed)

@@ -12,7 +12,7 @@ import sys
 import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numba import types
 
@@ -24,10 +24,9 @@ from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS
 from refllm.kernels.packed.tiling import Form, tiles_of
-from tests.strategies import ACTIVATION_ROWS, PROPERTY, activation_row, gamma
+from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma
 from tests.unit.kernels.packed.test_tiling import GGUF, gguf_blocks, int_weight
 
-MANY = settings(PROPERTY, max_examples=200)
 BLOCKS_OF, HALVES_OF = [32, 64, 128, -1, 0], [16]  # groups of whole blocks, and two of them in a block
 # Every width, symmetric and affine, each with another type of scale and groups; at 4 bits also the other way round.
 GRIDS = {
@@ -104,7 +103,7 @@ def drawn_activations(columns, kinds, seed):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@MANY
+@KERNEL
 @given(
     rows=st.integers(1, 35),
     count=st.integers(1, 4),
@@ -207,7 +206,7 @@ def check_activations(x, n):
 
 
 @pytest.mark.parametrize("n", [1, TOKENS])
-@MANY
+@KERNEL
 @given(
     count=st.integers(1, 9),
     kinds=st.lists(st.sampled_from(ACTIVATION_ROWS), min_size=1, max_size=15),
@@ -217,7 +216,7 @@ def test_activations_bit_for_bit(n, count, kinds, seed):
     check_activations(drawn_activations(32 * count, kinds, seed), n)
 
 
-@MANY
+@KERNEL
 @given(TINY)
 def test_the_smallest_activations_bit_for_bit(row):
     """Where amax / 127 is a few times the smallest number there is, its rounding makes quotients far beyond 127."""
