@@ -21,6 +21,12 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Whatever the environment of this run says: the compiled pass is what is tested."""
+    monkeypatch.setenv("REFLLM_KERNELS", "numba")
+
+
 def packed(model, recipe="rtn:bits=4,group=16"):
     return refllm.compress(model, recipe)
 
