@@ -7,6 +7,7 @@ E4M3 and E8M0 tensors are uint8 codes, since NumPy has no type for them. `STORED
 
 from refllm.formats.checkpoints import (
     awq,
+    awq_gemv,
     bitnet,
     bitsandbytes,
     compressed_floats,
@@ -21,6 +22,9 @@ from refllm.formats.checkpoints import (
 from refllm.formats.checkpoints.awq import awq_dequantize as awq_dequantize
 from refllm.formats.checkpoints.awq import awq_pack as awq_pack
 from refllm.formats.checkpoints.awq import awq_unpack as awq_unpack
+from refllm.formats.checkpoints.awq_gemv import awq_gemv_dequantize as awq_gemv_dequantize
+from refllm.formats.checkpoints.awq_gemv import awq_gemv_pack as awq_gemv_pack
+from refllm.formats.checkpoints.awq_gemv import awq_gemv_unpack as awq_gemv_unpack
 from refllm.formats.checkpoints.base import Grouped as Grouped
 from refllm.formats.checkpoints.bitnet import bitnet_dequantize as bitnet_dequantize
 from refllm.formats.checkpoints.bitnet import bitnet_pack as bitnet_pack
@@ -77,6 +81,7 @@ STORED = tuple(
     for module in (
         gptq,
         awq,
+        awq_gemv,
         compressed_tensors,
         compressed_floats,
         bitsandbytes,

@@ -11,7 +11,7 @@ Codes are t + 1 for t = -1, 0, 1; the code 3 does not occur.
                   w = t / weight_scale ("autobitlinear" multiplies)
 
 Source: bitnet.cpp, src/ggml-bitnet-mad.cpp (quantize_i2_s); transformers, integrations/bitnet.py. A file does not say
-which of the I2_S orders it has. Newer x86 builds can also interleave four rows (ACT_PARALLEL off); not done here.
+which of the I2_S orders it has. Newer x86 builds can also interleave four rows (ACT_PARALLEL off): not read here.
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ I2_S = {
     "arm": Layout("I2_S (ARM)", 16, 64, (codes("q", 64, 2, "i % 16", "6 - 2 * (i // 16)", "t + 1"),)),
 }
 ROWS = Layout("four rows", 1, 4, (codes("q", 4, 2, "0", "2 * i", "t + 1"),))
+_OTHERS = "a file does not say its order; a third one of newer x86 builds, which interleaves four rows, is not read"
 TAIL = 32  # bytes behind the codes
 STORED = (
     *(
@@ -33,7 +34,11 @@ STORED = (
             f"{order} order",
             "scale * (q[k] - 1), k = o * in + i",
             "1: codes are t + 1",
-            (Tensor("weight", "codes, then the scale as F32", I2_S[order], "flat", ("out * in / 4 + 32",), "U8"),),
+            (
+                Tensor(
+                    "weight", "codes, then the scale as F32", I2_S[order], "flat", ("out * in / 4 + 32",), "U8", _OTHERS
+                ),
+            ),
             "bitnet.cpp",
         )
         for order in ("x86", "arm")
@@ -134,7 +139,7 @@ def bitnet_dequantize(tensors: dict[str, np.ndarray]) -> np.ndarray:
 
 def _order(order: str) -> Layout:
     if order not in I2_S:
-        raise ValueError(f"order must be one of {', '.join(I2_S)}, got {order!r}")
+        raise ValueError(f"order must be one of {', '.join(I2_S)} (four interleaved rows are not read), got {order!r}")
     return I2_S[order]
 
 

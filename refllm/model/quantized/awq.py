@@ -1,9 +1,8 @@
-"""AutoAWQ (GEMM) folders <-> records."""
+"""AutoAWQ folders <-> records: versions gemm and gemv are read, gemm is written."""
 
 from collections.abc import Mapping
 
-from refllm.formats.checkpoints import awq as layout
-from refllm.formats.checkpoints import awq_pack, awq_unpack
+from refllm.formats.checkpoints import awq, awq_gemv, awq_gemv_unpack, awq_pack, awq_unpack
 from refllm.formats.tensors import StoredTensor
 from refllm.kernels.packed.records import Record
 from refllm.model.quantized.base import (
@@ -30,6 +29,10 @@ SUFFIXES = ("qweight", "qzeros", "scales")
 HARMLESS = (
     *GPTQ_HARMLESS, "sym", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "modules_in_block_to_quantize", "dynamic",
 )  # fmt: skip
+PACKINGS = {
+    "gemm": "int32 along out, 4 bits, nibble order 0,2,4,6,1,3,5,7",
+    "gemv": "int32 along in, 4 bits, low nibble first; scales padded",
+}
 _group = lambda value: type(value) is int and (value == -1 or value > 0)
 KNOWN = {
     "bits": one_of(4),
@@ -37,8 +40,8 @@ KNOWN = {
     "group_size": _group,
     "q_group_size": _group,
     "zero_point": is_flag,
-    "version": lambda value: isinstance(value, str) and value.lower() == "gemm",
-    "format": lambda value: isinstance(value, str) and value.lower() == "gemm",
+    "version": lambda value: isinstance(value, str) and value.lower() in PACKINGS,
+    "format": lambda value: isinstance(value, str) and value.lower() in PACKINGS,
     "modules_to_not_convert": names_or_none,
     "lm_head": is_flag,
     "desc_act": one_of(False, None),
@@ -52,9 +55,10 @@ def read(config: dict) -> Settings:
     group_size = either(config, "group_size", "q_group_size")
     if either(config, "bits", "w_bit") is None or group_size is None:
         raise ValueError("bits and group_size are needed")
-    values = {"group_size": group_size, "zero_point": config.get("zero_point", True)}
+    version = (either(config, "version", "format") or "gemm").lower()
+    values = {"group_size": group_size, "zero_point": config.get("zero_point", True), "version": version}
     conventions = {
-        "packing": "int32 along out, 4 bits, nibble order 0,2,4,6,1,3,5,7",
+        "packing": PACKINGS[version],
         "zero point": "stored as they are" if values["zero_point"] else "always 8",
         "group size": str(group_size),
     }
@@ -63,7 +67,10 @@ def read(config: dict) -> Settings:
 
 def load(values: dict, tensors: Mapping[str, StoredTensor], module: str) -> Record:
     """The record of one module; raises ValueError for tensors that are missing, misshapen or of another dtype."""
-    grouped = awq_unpack(arrays(tensors, layout.STORED[0]))
+    if values["version"] == "gemv":
+        grouped = awq_gemv_unpack(arrays(tensors, awq_gemv.STORED[0]), values["group_size"])
+    else:
+        grouped = awq_unpack(arrays(tensors, awq.STORED[0]))
     check_groups(grouped.scale.shape[1], grouped.codes.shape[1], values["group_size"])
     return record_of(grouped, 4, not values["zero_point"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refllm.cli import main
-from refllm.formats.checkpoints import gptq_pack
+from refllm.formats.checkpoints import awq_gemv_pack, awq_unpack, gptq_pack
 from refllm.formats.errors import FormatError
 from refllm.formats.tensors import read_safetensors, write_safetensors
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
@@ -173,6 +173,27 @@ def test_awq_by_the_words_of_the_file(model, tmp_path):
             assert weight[o, i] == float(arrays[f"{DOWN}.scales"][i // 32, o]) * (code - zero)
 
 
+@pytest.mark.parametrize("group", [32, -1])
+def test_awq_gemv(tmp_path, group):
+    """Read like the same weights in gemm; what is written is gemm."""
+    model = random_model(hidden_size=64, intermediate_size=128, num_kv_heads=2, head_dim=16)
+    small = compress(model, f"rtn:bits=4,group={group}")
+    save(small, tmp_path / "m", "awq")
+    arrays, dtypes, config = read(tmp_path / "m")
+    for name in [name for name in arrays if name.endswith("qweight")]:
+        module = name.removesuffix(".qweight")
+        tensors = {key: arrays[f"{module}.{key}"] for key in ("qweight", "qzeros", "scales")}
+        codes, scale, zero, _ = awq_unpack(tensors)
+        arrays |= {f"{module}.{key}": array for key, array in awq_gemv_pack(codes, scale, zero).items()}
+    config["quantization_config"]["version"] = "GEMV"
+    write(tmp_path / "m", arrays, dtypes, config)
+    found = load(tmp_path / "m")
+    assert_same(found, small)
+    assert "along in" in describe(tmp_path / "m")["conventions"]["packing"]
+    save(found, tmp_path / "again", "awq")
+    assert read(tmp_path / "again")[2]["quantization_config"]["version"] == "gemm"
+
+
 def test_the_older_file_of_gptq(model, tmp_path):
     small = compress(model, "rtn:bits=4,group=32")
     save(small, tmp_path / "m", "gptq")
@@ -322,7 +343,8 @@ BAD = [
     ("gptq", replace("scales", lambda a: a * np.float16("nan")), "NaN"),
     ("gptq", add_weight, f"{Q} is stored twice"),
     ("gptq", only_weight, f"the config says {Q} is quantised, but its weight is F32"),
-    ("awq", change("version", "gemv"), "version = 'gemv'"),
+    ("awq", change("version", "gemv_fast"), "version = 'gemv_fast' is not supported"),
+    ("awq", change("version", "gemv"), f"{Q}: AWQ .gemv. stores"),
     ("awq", change("bits", 8), "bits = 8"),
     ("awq", change("zero_point", False), "the config says symmetric, but a zero point is"),
     ("awq", change("w_bit", 3), "w_bit = 3"),

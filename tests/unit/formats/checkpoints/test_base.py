@@ -32,7 +32,8 @@ def describe_cases():
     codes = lambda bits, *shape: rng.integers(0, 1 << bits, shape or (out, columns), dtype=np.uint8)
     for bits in (2, 3, 4, 8):
         yield form("gptq", f"{bits} bits"), checkpoints.gptq_pack(codes(bits), scale, bits=bits), sizes
-    yield form("awq"), checkpoints.awq_pack(codes(4), scale), sizes
+    yield form("awq", "gemm, 4 bits"), checkpoints.awq_pack(codes(4), scale), sizes
+    yield form("awq", "gemv, 4 bits"), checkpoints.awq_gemv_pack(codes(4), scale), sizes | {"width": 4}
     for bits in range(1, 9):
         tensors = checkpoints.compressed_tensors_pack(codes(bits), scale, codes(bits, out, groups), bits=bits)
         yield form("pack-quantized", f"{bits} bits"), tensors, sizes
