@@ -35,10 +35,10 @@ def fields_of(layout: Layout, shape: tuple[int, ...] | None = None, *, finite: b
     """
     from hypothesis import strategies as st
 
-    def of_shape(lead: tuple[int, ...]):
-        return st.fixed_dictionaries({f.name: _values(f, (*lead, f.count), finite) for f in layout.fields})
-
-    return _shapes(shape).flatmap(of_shape)
+    values = {field.name: (field.count, _values(field, finite)) for field in layout.fields}
+    return _shapes(shape).flatmap(
+        lambda lead: st.fixed_dictionaries({name: of((*lead, count)) for name, (count, of) in values.items()})
+    )
 
 
 def units_of(layout: Layout, shape: tuple[int, ...] | None = None, *, finite: bool = False, any_bytes: bool = False):
@@ -71,8 +71,8 @@ def units_of(layout: Layout, shape: tuple[int, ...] | None = None, *, finite: bo
     if finite and any_bytes:
         raise ValueError("finite and any_bytes exclude each other: bytes of all kinds hold NaN")
     if any_bytes:
-        raw = numbers("bytes", "u1", 0, layout.nbytes)
-        return _shapes(shape).flatmap(lambda lead: _values(raw, (*lead, layout.nbytes), False))
+        of = _values(numbers("bytes", "u1", 0, layout.nbytes), False)
+        return _shapes(shape).flatmap(lambda lead: of((*lead, layout.nbytes)))
     return fields_of(layout, shape, finite=finite).map(lambda fields: layout.pack(**fields))
 
 
@@ -84,8 +84,8 @@ def _shapes(shape):
     return st.just(shape) if isinstance(shape, tuple) else shape
 
 
-def _values(field: Field, shape: tuple[int, ...], finite: bool):
-    """Arrays of a field's numbers."""
+def _values(field: Field, finite: bool):
+    """A function of a shape: the strategy of such arrays of a field's numbers."""
     from hypothesis import strategies as st
     from hypothesis.extra import numpy as hnp
 
@@ -99,7 +99,9 @@ def _values(field: Field, shape: tuple[int, ...], finite: bool):
         edges, some = field.limits, st.integers(*field.limits)
     some = st.sampled_from(edges) | some
     seeds = st.integers(0, 2**32 - 1)
-    return hnp.arrays(dtype, shape, elements=some) | seeds.map(lambda seed: _random(field, shape, finite, seed))
+    return lambda shape: (
+        hnp.arrays(dtype, shape, elements=some) | seeds.map(lambda seed: _random(field, shape, finite, seed))
+    )
 
 
 def _random(field: Field, shape: tuple[int, ...], finite: bool, seed: int) -> np.ndarray:
