@@ -8,10 +8,11 @@ Kernels work on several tokens at once; a value of type Several(vector, n) is n 
 struct, LLVM registers. Addresses are plain integers (intp): what stands there is checked in Python, before any kernel
 runs, by those who fill in the weight's table of addresses (tiled.py).
 
-Sums of four byte products are written three ways, chosen by the features of Numba's target (which the environment
+Sums of four byte products are written in several ways, chosen by the features of Numba's target (which the environment
 variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI), as vpmaddubsw + vpmaddwd
-(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), or in the 16-bit form that LLVM turns into
-multiply-adds of pairs on any processor. All three give the same integers.
+(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), as ARM's usdot or, for codes of at most 7
+bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give the same
+integers.
 """
 
 import math
@@ -43,6 +44,7 @@ BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 QUADS = BLOCK // 4  # fours of columns in a block
 X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
+ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
 
 
 def dot_form(bits: int) -> str:
@@ -50,6 +52,10 @@ def dot_form(bits: int) -> str:
     features = target_features()
     if {"+avx512bw", "+avx512vnni"} <= features:
         return X86_BYTE_DOT
+    if "+i8mm" in features:
+        return ARM_MIXED_DOT
+    if "+dotprod" in features and bits < 8:
+        return ARM_DOT
     return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
 
 
@@ -297,6 +303,8 @@ def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir
         return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
     if form == X86_BYTE_PAIRS:
         return b.add(total, _dot_by_pairs(b, codes, x))
+    if form in (ARM_DOT, ARM_MIXED_DOT):
+        return _add_dot_by_quarters(b, form, total, codes, x)
     eight = constant(SHORTS, 8)
     codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
     even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)
@@ -321,6 +329,21 @@ def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
         operands = [shuffle(b, value, _half(BYTES, upper)) for value in (codes, x)]
         halves.append(b.call(fours, [b.call(pairs, operands), constant(shorts, 1)]))
     return b.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))))
+
+
+def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """_add_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
+    words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+    kind = ir.FunctionType(words, [words, bytes_, bytes_])
+    call = cgutils.get_or_insert_function(b.module, kind, f"llvm.aarch64.neon.{form}.v4i32.v16i8")
+    quarters = []
+    for i in range(4):
+        part = lambda value, n, i=i: shuffle(b, value, list(range(i * n, (i + 1) * n)))
+        quarters.append(b.call(call, [part(total, 4), part(codes, 16), part(x, 16)]))
+    join = lambda one, two: b.shuffle_vector(
+        one, two, ir.Constant(ir.VectorType(I32, 2 * one.type.count), list(range(2 * one.type.count)))
+    )
+    return join(join(*quarters[:2]), join(*quarters[2:]))
 
 
 @intrinsic(prefer_literal=True)
