@@ -47,10 +47,13 @@ from refllm.kernels.packed.lanes import (
     word,
     zeros,
 )
+from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
-PANELS = 16  # activations of so many panels are used again while they lie in the second-level cache
-TOKENS = 12  # of a panel where there are many: 12 sums, their parts and the codes fill 32 registers
+# Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
+# take one of 32 registers of AVX-512 and two of the 16 of AVX2.
+TOKENS = 12 if "+avx512f" in target_features() else 6
+PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
 FIELDS = 6  # of a table of addresses: codes, scale, low, tops, blocks, per
 
