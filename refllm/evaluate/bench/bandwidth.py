@@ -9,6 +9,7 @@ may merge pages that are equal, and reading one page again and again measures a 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def read_candidate(threads: int, nbytes: int = READ_BYTES, name: str = NAME) -> 
 
 def _reader(words: np.ndarray, threads: int) -> Callable[[], int]:
     bounds = [len(words) * i // threads for i in range(threads + 1)]
-    parts = [words[first:last] for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [words[first:last] for first, last in pairwise(bounds)]
     pool, kernel = ThreadPoolExecutor(threads), _kernel()
     return lambda: sum(map(int, pool.map(kernel, parts)))
 

@@ -171,6 +171,4 @@ def _own(task: Task, weight, program: str, type_name: str, detail: str, activati
                 found["y"] = y
 
     dense = weight if isinstance(weight, np.ndarray) else weight.dense()
-    return Product(
-        program, type_name, detail, weight.nbytes, len(weights), run, lambda: found["y"], task.x @ dense.T
-    )
+    return Product(program, type_name, detail, weight.nbytes, len(weights), run, lambda: found["y"], task.x @ dense.T)

@@ -57,7 +57,9 @@ def measure_encoders(
         size = BLOCKS[name].bytes_per_block
         same = {program: _same_blocks(encode(W), mine, size) for program, encode in encoders.items()}
         turns = [Candidate(program, lambda encode=encode: encode(W)) for program, encode in encoders.items()]
-        found = take_turns(turns, rounds, on_round=lambda done, total: say(f"{name}: round {done + 1}/{total}"))
+        found = take_turns(
+            turns, rounds, on_round=lambda done, total, name=name: say(f"{name}: round {done + 1}/{total}")
+        )
         others.append(found.other_work)
         rows += [_row(program, name, found, same, W) for program in encoders]
     return {"rows": rows, "other_work": max((work for work in others if work is not None), default=None)}

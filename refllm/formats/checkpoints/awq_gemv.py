@@ -33,7 +33,7 @@ WORD = dense_words(4)
 STORED = (
     Stored(
         "awq",
-        "gemv, 4 bits",
+        "gemv, 4 bits (gemv_fast is a third layout, which is not read)",
         "scales[o, i // group_size] * (qweight[o, i] - qzeros[o, i // group_size])",
         "as it is",
         (

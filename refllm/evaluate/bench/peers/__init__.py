@@ -44,9 +44,7 @@ PEERS = {
     "llama.cpp": Entry(
         ("llama-cpp-python",), ("llama_cpp",), ("kernels", "decode", "prefill", "quantize"), "llama_cpp.LlamaCpp"
     ),
-    "onnxruntime": Entry(
-        ("onnxruntime", "onnx"), ("onnxruntime", "onnx"), ("kernels",), "onnxruntime.OnnxRuntime"
-    ),
+    "onnxruntime": Entry(("onnxruntime", "onnx"), ("onnxruntime", "onnx"), ("kernels",), "onnxruntime.OnnxRuntime"),
     "torch": Entry(("torch",), ("torch",), ("kernels",), "torch.Torch"),
     "libgguf": Entry(("libgguf",), ("libgguf",), ("quantize",), "libgguf.LibGguf"),
 }

@@ -50,9 +50,7 @@ class OnnxRuntime(Peer):
             found["y"] = session.run(None, {"x": task.x})[0]
 
         dense = (codes.astype(np.float32) - 2 ** (bits - 1)) * np.repeat(scale, BLOCK, axis=1)
-        return Product(
-            self.name, f"int{bits}", activations, nbytes, copies, run, lambda: found["y"], task.x @ dense.T
-        )
+        return Product(self.name, f"int{bits}", activations, nbytes, copies, run, lambda: found["y"], task.x @ dense.T)
 
     def _session(self, codes: np.ndarray, scale: np.ndarray, bits: int, activations: str, copies: int):
         helper, array = self.onnx.helper, self.onnx.numpy_helper.from_array

@@ -22,7 +22,7 @@ def test_names(installed):
     assert check_peers(["torch", "llama.cpp", "torch"], "kernels") == ["torch", "llama.cpp"]
     assert check_peers(["all"], "kernels") == ["llama.cpp", "onnxruntime", "torch"]
     assert check_peers(["all"], "quantize") == ["llama.cpp", "libgguf"]
-    with pytest.raises(ValueError, match="unknown peer 'ggml'; known: llama.cpp, onnxruntime, torch, libgguf, all"):
+    with pytest.raises(ValueError, match=r"unknown peer 'ggml'; known: llama\.cpp, onnxruntime, torch, libgguf, all"):
         check_peers(["ggml"], "kernels")
     with pytest.raises(ValueError, match=r"torch is no peer of bench decode; peers of it: llama\.cpp"):
         check_peers(["torch"], "decode")
@@ -31,7 +31,7 @@ def test_names(installed):
 def test_what_is_not_installed(installed):
     installed("onnxruntime")
     assert check_peers(["all"], "kernels") == []
-    with pytest.raises(ValueError, match="peer onnxruntime: the package onnx is not installed; .*pip install"):
+    with pytest.raises(ValueError, match=r"peer onnxruntime: the package onnx is not installed; .*pip install"):
         check_peers(["onnxruntime"], "kernels")
     assert missing_packages("llama.cpp") == ["llama-cpp-python"]
 
@@ -129,7 +129,7 @@ def test_llama_cpp_makes_and_runs_a_file(tmp_path):
     programs = [RefllmModel(model), peer.open_model(made[0], 48)]
     assert agreements(programs, text_ids(model, 48))["llama.cpp"] > 0.85
     programs[1].close()
-    with pytest.raises(ValueError, match="llama.cpp knows no file type 'Q9'; known: .*Q4_K_M"):
+    with pytest.raises(ValueError, match=r"llama\.cpp knows no file type 'Q9'; known: .*Q4_K_M"):
         files.make_files("smollm2", tmp_path, ("Q9",))
     with pytest.raises(ValueError, match=r"llama\.cpp cannot load .*none\.gguf"):
         peer.open_model(tmp_path / "none.gguf", 64)
