@@ -33,11 +33,11 @@ WORD = dense_words(4)
 STORED = (
     Stored(
         "awq",
-        "gemv, 4 bits (gemv_fast is a third layout, which is not read)",
+        "gemv, 4 bits",
         "scales[o, i // group_size] * (qweight[o, i] - qzeros[o, i // group_size])",
         "as it is",
         (
-            Tensor("qweight", "codes", WORD, "in", ("out", "in / 8"), "I32"),
+            Tensor("qweight", "codes", WORD, "in", ("out", "in / 8"), "I32", "`gemv_fast` differs and is not read"),
             Tensor("qzeros", "zero points", WORD, "groups", ("out", "width"), "I32", "padded with 0"),
             Tensor(
                 "scales", "scales", None, "", ("out", "8 * width"), "F16",
