@@ -153,11 +153,15 @@ class CodeWeight(BaseRecord):
 
     def scales(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
         """The scale of every weight of some rows, (k, in) float32."""
+        return self.spread(self.scale, ids)
+
+    def spread(self, of_blocks: "np.ndarray | BaseRecord", ids: np.ndarray | slice) -> np.ndarray:
+        """A number of each block -> one of every weight of some rows, (k, in) float32."""
         numbers = np.arange(self.shape[0])[ids]
         if self.block_rows != FLAT:
-            of_rows = rows_of(self.scale, numbers // self.block_rows)
+            of_rows = rows_of(of_blocks, numbers // self.block_rows)
             return np.repeat(of_rows, self.block_columns, axis=1)[:, : self.columns]
-        flat = rows_of(self.scale, ALL)[0]
+        flat = rows_of(of_blocks, ALL)[0]
         if self.columns % self.block_columns == 0:
             return np.repeat(flat.reshape(self.shape[0], -1)[numbers], self.block_columns, axis=1)
         return flat[(numbers[:, None] * self.columns + np.arange(self.columns)) // self.block_columns]

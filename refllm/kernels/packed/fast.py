@@ -171,9 +171,9 @@ def matmul_float(x: np.ndarray, weight) -> np.ndarray:
 
 
 def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
-    """reference.matmul_int8 for float32 x. Without tiles, the rounded activations are multiplied as floats."""
+    """reference.matmul_int8 for float32 x. Without an integer product, floats are multiplied."""
     per_block = isinstance(weight, GGUFBlocks)
-    if tiles := tiles_of(weight):
+    if (tiles := tiles_of(weight)) and tiles.form.has_integers:
         return tile_matmul(x, tiles, BLOCKS if per_block else TOKEN)
     codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0)
     return matmul_float(dequantize_activations(codes, scale), weight)

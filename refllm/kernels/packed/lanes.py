@@ -6,13 +6,7 @@ activations are four bytes, or one float, repeated in every lane.
 
 Kernels work on several tokens at once; a value of type Several(vector, n) is n vectors, one a token. Numba sees a
 struct, LLVM registers. Addresses are plain integers (intp): what stands there is checked in Python, before any kernel
-runs, by those who fill in the weight's table of addresses (tiled.py).
-
-Sums of four byte products are written in several ways, chosen by the features of Numba's target (which the environment
-variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI), as vpmaddubsw + vpmaddwd
-(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), as ARM's usdot or, for codes of at most 7
-bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give the same
-integers.
+runs, by those who fill in the weight's table of addresses (tiling.Tiles.table).
 """
 
 import math
@@ -34,29 +28,12 @@ from refllm.kernels.packed.simd import (
     constant,
     emit_columns,
     emit_half_to_float,
+    emit_small_float,
     shuffle,
-    target_features,
 )
-from refllm.kernels.packed.tiling import BLOCK, PLANES
+from refllm.kernels.packed.tables import SMALL
 
 I64 = ir.IntType(64)
-BYTES = ir.VectorType(I8, 4 * LANES)
-SHORTS = ir.VectorType(I16, 2 * LANES)
-QUADS = BLOCK // 4  # fours of columns in a block
-X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
-ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
-
-
-def dot_form(bits: int) -> str:
-    """How Numba's target adds four byte products of codes of so many bits."""
-    features = target_features()
-    if {"+avx512bw", "+avx512vnni"} <= features:
-        return X86_BYTE_DOT
-    if "+i8mm" in features:
-        return ARM_MIXED_DOT
-    if "+dotprod" in features and bits < 8:
-        return ARM_DOT
-    return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
 
 
 class Several(types.Type):
@@ -80,7 +57,8 @@ def several(vector: types.Type, n: int) -> Several:
     return Several(vector, n)
 
 
-def _join(b: ir.IRBuilder, kind: Several, values: list[ir.Value]) -> ir.Value:
+def emit_join(b: ir.IRBuilder, kind: Several, values: list[ir.Value]) -> ir.Value:
+    """n vectors as one value."""
     out = ir.Constant(kind.llvm, ir.Undefined)
     for i, value in enumerate(values):
         out = b.insert_value(out, value, i)
@@ -92,13 +70,14 @@ def _split(b: ir.IRBuilder, kind: types.Type, value: ir.Value, n: int) -> list[i
     return [b.extract_value(value, i) for i in range(n)] if isinstance(kind, Several) else [value] * n
 
 
-def _at(b: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
+def emit_load(b: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
     """What stands `offset` bytes behind an address."""
     pointer = b.inttoptr(b.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
     return b.load(pointer, align=1)
 
 
-def _splat(b: ir.IRBuilder, number: ir.Value, count: int = LANES) -> ir.Value:
+def emit_splat(b: ir.IRBuilder, number: ir.Value, count: int = LANES) -> ir.Value:
+    """A number in every lane."""
     kind = ir.VectorType(number.type, count)
     return shuffle(b, b.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0)), [0] * count)
 
@@ -120,7 +99,7 @@ def _loader(result: types.Type, stored: ir.Type, widen=None):
     @intrinsic
     def load_vector(typing, address):
         def generate(context, b, sig, args):
-            value = _at(b, args[0], 0, stored)
+            value = emit_load(b, args[0], 0, stored)
             return value if widen is None else widen(b, value)
 
         return result(types.intp), generate
@@ -132,19 +111,36 @@ load_floats = _loader(Floats, Floats.llvm)
 load_halves = _loader(Floats, ir.VectorType(I16, LANES), emit_half_to_float)
 load_signed = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.sitofp(v, Floats.llvm))
 load_unsigned = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(v, Floats.llvm))
-splat_at = _loader(Floats, F32, lambda b, v: _splat(b, v))
+load_ue4m3 = _loader(
+    Floats, ir.VectorType(I8, LANES), lambda b, v: emit_small_float(b, b.zext(v, Ints.llvm), 0, SMALL["UE4M3"])
+)
+splat_at = _loader(Floats, F32, lambda b, v: emit_splat(b, v))
+
+
+@intrinsic
+def load_powers(typing, address):
+    """2^(e - 128) for sixteen bytes e below 255: the exponent of a float32, or one of its last two subnormals."""
+
+    def generate(context, b, sig, args):
+        e = b.zext(emit_load(b, args[0], 0, ir.VectorType(I8, LANES)), Ints.llvm)
+        number = lambda value: constant(Ints.llvm, value)
+        normal = b.shl(b.sub(e, number(1)), number(23))
+        small = b.shl(number(1 << 21), b.and_(e, number(1)))
+        return b.bitcast(b.select(b.icmp_unsigned("<", e, number(2)), small, normal), Floats.llvm)
+
+    return Floats(types.intp), generate
 
 
 @intrinsic
 def load_float(typing, address):
     """One float."""
-    return types.float32(types.intp), lambda context, b, sig, args: _at(b, args[0], 0, F32)
+    return types.float32(types.intp), lambda context, b, sig, args: emit_load(b, args[0], 0, F32)
 
 
 @intrinsic
 def load_half(typing, address):
     """One finite float16."""
-    return types.float32(types.intp), lambda context, b, sig, args: emit_half_to_float(b, _at(b, args[0], 0, I16))
+    return types.float32(types.intp), lambda context, b, sig, args: emit_half_to_float(b, emit_load(b, args[0], 0, I16))
 
 
 @intrinsic(prefer_literal=True)
@@ -164,7 +160,7 @@ def splats(typing, address, n):
     kind = several(Floats, n.literal_value)
 
     def generate(context, b, sig, args):
-        return _join(b, kind, [_splat(b, _at(b, args[0], 4 * i, F32)) for i in range(kind.n)])
+        return emit_join(b, kind, [emit_splat(b, emit_load(b, args[0], 4 * i, F32)) for i in range(kind.n)])
 
     return kind(types.intp, n), generate
 
@@ -176,7 +172,7 @@ def splats_apart(typing, address, stride, n):
 
     def generate(context, b, sig, args):
         at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
-        return _join(b, kind, [_splat(b, _at(b, one, 0, F32)) for one in at])
+        return emit_join(b, kind, [emit_splat(b, emit_load(b, one, 0, F32)) for one in at])
 
     return kind(types.intp, types.intp, n), generate
 
@@ -188,7 +184,7 @@ def load_apart(typing, address, stride, n):
 
     def generate(context, b, sig, args):
         at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
-        return _join(b, kind, [_at(b, one, 0, Floats.llvm) for one in at])
+        return emit_join(b, kind, [emit_load(b, one, 0, Floats.llvm) for one in at])
 
     return kind(types.intp, types.intp, n), generate
 
@@ -219,7 +215,7 @@ def _elementwise(operation):
         if not isinstance(kind, Several):
             return operation(b, *args)
         parts = [_split(b, of, value, kind.n) for of, value in zip(sig.args, args, strict=True)]
-        return _join(b, kind, [operation(b, *some) for some in zip(*parts, strict=True)])
+        return emit_join(b, kind, [operation(b, *some) for some in zip(*parts, strict=True)])
 
     return typer, generate
 
@@ -261,153 +257,6 @@ def minus_product(typing, x, y, z):
     return _typer_2((x, y, z))(x, y, z), _minus_product
 
 
-def _code_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range) -> list[ir.Value]:
-    """The codes of some fours of columns of a block as vectors of bytes: byte 4 r + c is column 4 quad + c of row r.
-
-    A plane of w bits is w vectors; bits w s .. of vector v belong to the quad w s + v.
-    """
-    made, start, low = {}, 0, 0
-    for width in PLANES[bits]:
-        vectors = {}
-        for quad in quads:
-            v, s = quad % width, quad // width
-            if v not in vectors:
-                vectors[v] = _at(b, codes, start + 64 * v, BYTES)
-            piece = vectors[v]
-            if width < 8:
-                moved = b.lshr(b.bitcast(piece, SHORTS), constant(SHORTS, width * s)) if s else piece
-                piece = b.and_(b.bitcast(moved, BYTES), constant(BYTES, (1 << width) - 1))
-            if low:
-                piece = b.bitcast(b.shl(b.bitcast(piece, SHORTS), constant(SHORTS, low)), BYTES)
-                piece = b.or_(made[quad], piece)
-            made[quad] = piece
-        start, low = start + 64 * width, low + width
-    return [made[quad] for quad in quads]
-
-
-def _quads(part: int, parts: int) -> range:
-    """The fours of columns in one of the equal parts of a block."""
-    return range(QUADS // parts * part, QUADS // parts * (part + 1))
-
-
-def _half(bits_of: ir.VectorType, upper: bool) -> list[int]:
-    return list(range(bits_of.count // 2, bits_of.count)) if upper else list(range(bits_of.count // 2))
-
-
-def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
-    """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
-    if form == X86_BYTE_DOT:
-        # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
-        kind = ir.FunctionType(Ints.llvm, [Ints.llvm] * 3)
-        call = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-        return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
-    if form == X86_BYTE_PAIRS:
-        return b.add(total, _dot_by_pairs(b, codes, x))
-    if form in (ARM_DOT, ARM_MIXED_DOT):
-        return _add_dot_by_quarters(b, form, total, codes, x)
-    eight = constant(SHORTS, 8)
-    codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
-    even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)
-    odd = b.lshr(codes, eight), b.ashr(x, eight)
-    wide = ir.VectorType(I32, 2 * LANES)
-    for code, number in (even, odd):
-        product = b.mul(b.sext(code, wide), b.sext(number, wide))
-        pairs = shuffle(b, product, list(range(0, 2 * LANES, 2))), shuffle(b, product, list(range(1, 2 * LANES, 2)))
-        total = b.add(total, b.add(*pairs))
-    return total
-
-
-def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
-    """The four byte products of every lane through 16-bit pairs, 256 bits at a time."""
-    bytes_, shorts = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
-    words = ir.VectorType(I32, LANES // 2)
-    function = lambda kind, of, name: cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [of] * 2), name)
-    pairs = function(shorts, bytes_, "llvm.x86.avx2.pmadd.ub.sw")
-    fours = function(words, shorts, "llvm.x86.avx2.pmadd.wd")
-    halves = []
-    for upper in (False, True):
-        operands = [shuffle(b, value, _half(BYTES, upper)) for value in (codes, x)]
-        halves.append(b.call(fours, [b.call(pairs, operands), constant(shorts, 1)]))
-    return b.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))))
-
-
-def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
-    """_add_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
-    words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
-    kind = ir.FunctionType(words, [words, bytes_, bytes_])
-    call = cgutils.get_or_insert_function(b.module, kind, f"llvm.aarch64.neon.{form}.v4i32.v16i8")
-    quarters = []
-    for i in range(4):
-        part = lambda value, n, i=i: shuffle(b, value, list(range(i * n, (i + 1) * n)))
-        quarters.append(b.call(call, [part(total, 4), part(codes, 16), part(x, 16)]))
-    join = lambda one, two: b.shuffle_vector(
-        one, two, ir.Constant(ir.VectorType(I32, 2 * one.type.count), list(range(2 * one.type.count)))
-    )
-    return join(join(*quarters[:2]), join(*quarters[2:]))
-
-
-@intrinsic(prefer_literal=True)
-def integer_products(typing, codes, x, begin, bits, part, parts, n):
-    """Sums of code * x over a block (parts = 1) or one half of it (parts = 2), as floats: exact.
-
-    codes : address of the block's codes. x : address of n times 32 int8 numbers, one token after another.
-    begin : address of n int32 numbers that the sums begin with; 0, a constant: with 0.
-    """
-    width, count = bits.literal_value, n.literal_value
-    from_zero = isinstance(begin, types.Literal)
-    quads = _quads(part.literal_value, parts.literal_value)
-    kind, form = several(Floats, count), dot_form(width)
-
-    def generate(context, b, sig, args):
-        if from_zero:
-            sums = [constant(Ints.llvm, 0)] * count
-        else:
-            sums = [_splat(b, _at(b, args[2], 4 * i, I32)) for i in range(count)]
-        for quad, some in zip(quads, _code_quads(b, args[0], width, quads), strict=True):
-            for i in range(count):
-                four = b.bitcast(_splat(b, _at(b, args[1], BLOCK * i + 4 * quad, I32)), BYTES)
-                sums[i] = _add_dot(b, form, sums[i], some, four)
-        return _join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
-
-    return kind(types.intp, types.intp, begin, bits, part, parts, n), generate
-
-
-@intrinsic(prefer_literal=True)
-def float_products(typing, codes, x, zero, bits, part, parts, n):
-    """Sums of (code - zero) * x over a block or one half of it, in two sums that do not wait for each other.
-
-    codes : address of the block's codes. x : address of n times 32 floats. zero : Floats, whole numbers.
-
-    A code q in the low mantissa bits of 2^23 makes the float 2^23 + q; one that sits k bits higher takes 2^(23-k). So
-    subtracting 2^(23-k) + zero, which is exact, gives q - zero with no conversion.
-    """
-    width, count = bits.literal_value, n.literal_value
-    quads = _quads(part.literal_value, parts.literal_value)
-    kind = several(Floats, count)
-
-    def generate(context, b, sig, args):
-        sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(count)]
-        for quad, some in zip(quads, _code_quads(b, args[0], width, quads), strict=True):
-            lanes = b.bitcast(some, Ints.llvm)
-            for c in range(4):
-                at = 8 * c
-                if at + width > 23:
-                    field, at = b.lshr(lanes, constant(Ints.llvm, at)), 0
-                else:
-                    field = lanes
-                field = b.and_(field, constant(Ints.llvm, ((1 << width) - 1) << at))
-                base = 2.0 ** (23 - at)
-                exponent = (127 + 23 - at) << 23
-                number = b.bitcast(b.or_(field, constant(Ints.llvm, exponent)), Floats.llvm)
-                number = b.fsub(number, b.fadd(args[2], constant(Floats.llvm, base)))
-                for i in range(count):
-                    each = _splat(b, _at(b, args[1], 4 * (BLOCK * i + 4 * quad + c), F32))
-                    sums[i][c % 2] = emit_fma(b, number, each, sums[i][c % 2])
-        return _join(b, kind, [b.fadd(*pair) for pair in sums])
-
-    return kind(types.intp, types.intp, Floats, bits, part, parts, n), generate
-
-
 @intrinsic
 def store_tokens(typing, address, stride, values):
     """Write the vectors of all tokens, `stride` bytes apart."""
@@ -433,7 +282,7 @@ def _call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 @intrinsic
 def splat(typing, x):
     """A float32 in every lane."""
-    return Floats(types.float32), lambda context, b, sig, args: _splat(b, args[0])
+    return Floats(types.float32), lambda context, b, sig, args: emit_splat(b, args[0])
 
 
 @intrinsic
@@ -588,7 +437,7 @@ def numbered(typing, first):
     """first, first + 1 ... first + 15 as floats."""
 
     def generate(context, b, sig, args):
-        lanes = b.add(_splat(b, b.trunc(args[0], I32)), ir.Constant(Ints.llvm, list(range(LANES))))
+        lanes = b.add(emit_splat(b, b.trunc(args[0], I32)), ir.Constant(Ints.llvm, list(range(LANES))))
         return b.sitofp(lanes, Floats.llvm)
 
     return Floats(types.intp), generate

@@ -205,6 +205,29 @@ def _half_to_float_portable(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(scaled, sign), single)
 
 
+def emit_small_float(b: ir.IRBuilder, lanes: ir.Value, byte: int, small) -> ir.Value:
+    """The finite small float that is the code in one byte of every lane.
+
+    As above: sign, exponent and mantissa are shifted into their places, and one multiplication mends the exponent.
+
+    Parameters
+    ----------
+    lanes : vector of 32-bit integers
+    byte : int
+        0 to 3, lowest first.
+    small : refllm.formats.dtypes.FloatFormat
+        Of at most 8 bits, with a zero.
+    """
+    up = 32 - 8 * byte - small.bits  # brings the code to the top
+    down = 9 - small.signed - small.exponent_bits  # and its exponent to bit 23
+    fields = b.shl(lanes, constant(lanes.type, up)) if up else lanes
+    fields = (b.ashr if small.signed else b.lshr)(fields, constant(lanes.type, down))
+    kept = ((1 << (small.exponent_bits + small.mantissa_bits)) - 1) << (23 - small.mantissa_bits)
+    placed = b.and_(fields, constant(lanes.type, kept | (small.signed << 31)))
+    single = _like(lanes.type, F32)
+    return b.fmul(b.bitcast(placed, single), constant(single, 2.0 ** (127 - small.bias)))
+
+
 def _like(kind: ir.Type, element: ir.Type) -> ir.Type:
     """`element`, or a vector of as many of them as `kind` has."""
     return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element

@@ -22,15 +22,15 @@ from refllm.kernels.packed.compile import compile_address
 from refllm.kernels.packed.lanes import (
     divide,
     every,
-    float_products,
     fma,
-    integer_products,
     lane_max,
     lane_sum,
     larger,
     load_floats,
     load_halves,
+    load_powers,
     load_signed,
+    load_ue4m3,
     load_unsigned,
     magnitude,
     minus_product,
@@ -47,7 +47,9 @@ from refllm.kernels.packed.lanes import (
     word,
     zeros,
 )
+from refllm.kernels.packed.products import float_products, integer_products, sixteen_in_registers
 from refllm.kernels.packed.simd import target_features
+from refllm.kernels.packed.tables import MANY, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
 # Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
@@ -55,7 +57,8 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 TOKENS = 12 if "+avx512f" in target_features() else 6
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
-FIELDS = 6  # of a table of addresses: codes, scale, low, tops, blocks, per
+FIELDS = 8  # of a table of addresses: codes, scale, low, tops, blocks, per, values, factor
+SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
 
 
 def _begins(form: Form, integers: bool) -> bool:
@@ -70,26 +73,49 @@ def laid_kind(form: Form, kind: int) -> int:
 
 def _products(form: Form, integers: bool, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
-    bits, parts, minimum, own_zero = form.bits, form.parts, form.low in ("minimum", "levels"), form.low == "zero"
-    begins = _begins(form, integers)
+    parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
+    if integers:
+        products = integer_products(form, part, parts, n, _begins(form, integers))
+    else:
+        products = float_products(form, part, parts, n)
 
     @register_jitable(forceinline=True)  # or LLVM hands the sums over through memory
-    def add_products(total, codes, x, step, sums, scale, zero, lowest):
+    def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
         of = splats(sums + at, n)
-        if begins:
-            p = times(integer_products(codes, x, sums + at, bits, part, parts, n), step)
-        elif integers:
-            p = integer_products(codes, x, 0, bits, part, parts, n)
+        if integers:
+            p = products(codes, x, sums + at)
             p = times(minus_product(p, zero, of) if own_zero else p, step)
         else:
-            p = float_products(codes, x, zero, bits, part, parts, n)
+            p = products(codes, x, zero, table)
         total = fma(p, scale, total)
         if minimum:
             total = fma(lowest, times(of, step), total)
         return total
 
     return add_products
+
+
+@register_jitable
+def _table_in_registers(weight):
+    return load_floats(word(weight, 6))
+
+
+@register_jitable
+def _table_address(weight):
+    return word(weight, 6)
+
+
+@register_jitable
+def _no_table(weight):
+    return every(0)
+
+
+def _load_table(form: Form):
+    """What float_products takes as its table, from the table of addresses."""
+    if form.table == SIXTEEN and sixteen_in_registers():
+        return _table_in_registers
+    return _table_address if form.table in (SIXTEEN, MANY) else _no_table
 
 
 def product_text(form: Form, integers: bool, n: int):
@@ -100,20 +126,21 @@ def product_text(form: Form, integers: bool, n: int):
     if form.scale == "levels":
         return _levels_text(form, integers, n)
     offset, block_bytes, parts, two = form.offset, form.block_bytes, form.parts, form.parts == 2
-    half, own_zero, minimum = form.scale == "half", form.low == "zero", form.low == "minimum"
-    scale_bytes, low_bytes = ROWS * (2 if half else 4), ROWS * (2 if minimum else 1)
+    (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
+    scale_bytes, low_bytes, factor = ROWS * width, ROWS * (2 if minimum else 1), form.scale == "ue4m3"
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
     add_first, add_second = (_products(form, integers, n, part) for part in (0, parts - 1))
+    load_table = _load_table(form)
 
     @register_jitable
     def load_group(scale, low):
-        s = load_halves(scale) if half else load_floats(scale)
+        s = load_scale(scale)
         zero = load_unsigned(low) if own_zero else every(offset)
         return s, zero, load_halves(low) if minimum else zero
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
-        blocks, per = word(weight, 4), word(weight, 5)
+        blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
         groups = blocks // per
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
@@ -127,16 +154,18 @@ def product_text(form: Form, integers: bool, n: int):
                         s, zero, lowest = load_group(at, under)
                         for _ in range(per):
                             step = splats(steps, n)
-                            total = add_first(total, code, some, step, sums, s, zero, lowest)
+                            total = add_first(total, code, some, step, sums, s, zero, lowest, table)
                             if two:
                                 s, zero, lowest = load_group(at + scale_bytes, under + low_bytes)
-                                total = add_second(total, code, some, step, sums, s, zero, lowest)
+                                total = add_second(total, code, some, step, sums, s, zero, lowest, table)
                             code += block_bytes
                             some += x_bytes
                             steps += step_bytes
                             sums += sum_bytes
                         at += parts * scale_bytes
                         under += parts * low_bytes
+                    if factor:
+                        total = times(total, load_floats(word(weight, 7) + 4 * ROWS * tile))
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
     return tile_product
@@ -162,7 +191,7 @@ def _levels_text(form: Form, integers: bool, n: int):
                     steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
                     at, under = scale + tile * blocks * level_bytes, low + tile * blocks * level_bytes
                     top = tops + tile * (blocks // above) * top_bytes
-                    zero = every(offset)
+                    zero, table = every(offset), every(0)
                     for _ in range(blocks // above):
                         d = load_halves(top)
                         dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
@@ -170,11 +199,11 @@ def _levels_text(form: Form, integers: bool, n: int):
                             step = splats(steps, n)
                             s = times(d, load_signed(at))
                             lowest = times(dmin, load_unsigned(under)) if low_levels else s
-                            total = add_first(total, code, some, step, sums, s, zero, lowest)
+                            total = add_first(total, code, some, step, sums, s, zero, lowest, table)
                             if two:
                                 s = times(d, load_signed(at + ROWS))
                                 lowest = times(dmin, load_unsigned(under + ROWS)) if low_levels else s
-                                total = add_second(total, code, some, step, sums, s, zero, lowest)
+                                total = add_second(total, code, some, step, sums, s, zero, lowest, table)
                             code += block_bytes
                             some += x_bytes
                             steps += step_bytes

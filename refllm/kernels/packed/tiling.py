@@ -15,18 +15,23 @@ Scales (and zero points or minima) follow in arrays of their own, sixteen rows s
     w = (top level) (code - zero)   levels: small integers under a float16 top for 256 columns (K-quants), and
         - bottom_top bottom_level   for some the same for what is subtracted
 
+Codes that are not numbers themselves have a table (tables.py): w = scale table[code].
+
 Rows and columns that a weight does not have are filled up: with codes of any value, for the activations there are 0.
-A weight that has no such form (groups that do not fall on blocks, table codes) has no tiles: `tiles_of` gives None.
+A weight that has no such form (groups that do not fall on blocks) has no tiles: `tiles_of` gives None.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from refllm.formats.files import forget_pages
 from refllm.kernels.grids import PER_TENSOR, group_count
+from refllm.kernels.packed import code_tiles, tables
+from refllm.kernels.packed.codes import CodeWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 
 ROWS = 16  # of a tile
@@ -44,9 +49,9 @@ class Form:
     Parameters
     ----------
     bits : int
-        Of a code.
+        Of a code, or of a float that lies there as such.
     scale : str
-        half, float or levels (int8 under float16).
+        half, float, levels (int8 under float16), power (a byte e means 2^(e - 128)) or ue4m3 (times one float a row).
     low : str
         What is subtracted: constant (`offset`), zero (uint8, one a group), minimum (float16, one a group, added), or
         levels (uint8 under float16).
@@ -54,6 +59,8 @@ class Form:
         The constant.
     parts : int
         Scales of a block: 1, or 2 where 16 columns share one.
+    table : str
+        A name of tables.py; "" where codes are numbers.
     """
 
     bits: int
@@ -61,6 +68,17 @@ class Form:
     low: str = "constant"
     offset: int = 0
     parts: int = 1
+    table: str = ""
+
+    @property
+    def width(self) -> int:
+        """Bits of the whole numbers that are multiplied: codes, or what a table of whole numbers has for them."""
+        return int(tables.whole_bytes(self.table)[0].max()).bit_length() if self.table in tables.WHOLE else self.bits
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether there is a product with int8 activations."""
+        return self.table in ("", *tables.WHOLE)
 
     @property
     def block_bytes(self) -> int:
@@ -70,7 +88,8 @@ class Form:
     @property
     def key(self) -> str:
         """A name for file names."""
-        return f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
+        key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
+        return f"{key}_{self.table}" if self.table else key
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +100,7 @@ class Tiles:
     ----------
     form : Form
     codes : (tiles, blocks, block_bytes) uint8
-    scale : (tiles, groups, 16) float16 or float32; levels: int8
+    scale : (tiles, groups, 16) float16 or float32; levels: int8; power and ue4m3: uint8
         Two groups a block where form.parts is 2.
     low : the same for zero points (uint8) or minima (float16), or None
     tops : (tiles, columns / 256, 1 or 2, 16) float16, or None
@@ -89,6 +108,10 @@ class Tiles:
     shape : (out, in)
     per : int
         Blocks that share a scale.
+    values : (16 or 256,) float32, or None
+        The table where it is one of floats.
+    factor : (tiles, 16) float32, or None
+        What a row's product is multiplied with in the end, beside ue4m3 scales.
     """
 
     form: Form
@@ -98,6 +121,8 @@ class Tiles:
     tops: np.ndarray | None
     shape: tuple[int, int]
     per: int
+    values: np.ndarray | None = None
+    factor: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -106,13 +131,13 @@ class Tiles:
 
     @property
     def _arrays(self) -> tuple:
-        return self.codes, self.scale, self.low, self.tops
+        return self.codes, self.scale, self.low, self.tops, self.values, self.factor
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Where a kernel finds the arrays: their addresses, then blocks and per; (6,) int64."""
+        """Where a kernel finds the arrays: four addresses, blocks and per, two more addresses; (8,) int64."""
         addresses = [0 if a is None else a.ctypes.data for a in self._arrays]
-        return np.array([*addresses, self.codes.shape[1], self.per], np.int64)
+        return np.array([*addresses[:4], self.codes.shape[1], self.per, *addresses[4:]], np.int64)
 
     @cached_property
     def address(self) -> int:
@@ -175,6 +200,7 @@ def tile_numbers(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(tiles, ROWS, count).swapaxes(1, 2))
 
 
+_IQ4, _FP4, _BINARY = (tables.whole_bytes(name)[1] for name in ("IQ4", "FP4", "BINARY"))
 _GGUF = {  # type -> form; the fields of their layouts: q codes, d scale, m minimum, sc and mn levels
     "Q4_0": Form(4, "half", offset=8),
     "Q4_1": Form(4, "half", "minimum"),
@@ -186,6 +212,14 @@ _GGUF = {  # type -> form; the fields of their layouts: q codes, d scale, m mini
     "Q4_K": Form(4, "levels", "levels"),
     "Q5_K": Form(5, "levels", "levels"),
     "Q6_K": Form(6, "levels", offset=32, parts=2),
+    "IQ4_NL": Form(4, "half", offset=_IQ4, table="IQ4"),
+    "IQ4_XS": Form(4, "levels", offset=_IQ4, table="IQ4"),
+    "MXFP4": Form(4, "power", offset=_FP4, table="FP4"),
+    "NVFP4": Form(4, "ue4m3", offset=_FP4, parts=2, table="FP4"),
+    "TQ1_0": Form(2, "half", offset=1),
+    "TQ2_0": Form(2, "half", offset=1),
+    "Q1_0": Form(1, "half", offset=_BINARY, table="BINARY"),
+    "Q2_0": Form(2, "half", offset=1),
 }
 
 
@@ -195,16 +229,29 @@ def form_of(weight) -> Form | None:
         return None
     if isinstance(weight, GGUFBlocks):
         return _GGUF.get(weight.type_name)
-    if not isinstance(weight, IntWeight) or weight.bits not in PLANES:
-        return None
+    if isinstance(weight, CodeWeight):
+        return _code_form(weight)
+    return _int_form(weight) if isinstance(weight, IntWeight) else None
+
+
+def _int_form(weight: IntWeight) -> Form | None:
     groups = group_count(weight.columns, weight.group_size)
     two = groups > 1 and weight.columns == groups * (BLOCK // 2)
-    if groups > 1 and weight.columns // groups % BLOCK and not two:
+    if weight.bits not in PLANES or (groups > 1 and weight.columns // groups % BLOCK and not two):
         return None
     scale, parts = "half" if weight.scale.dtype == np.float16 else "float", 2 if two else 1
     if weight.zero_point is None:
         return Form(weight.bits, scale, "constant", weight.grid.offset, parts)
     return Form(weight.bits, scale, "zero", 0, parts)
+
+
+def _code_form(weight: CodeWeight) -> Form | None:
+    shared, scale = code_tiles.shared_columns(weight), code_tiles.scale_kind(weight)
+    whole = shared == weight.columns or shared % BLOCK == 0
+    if scale is None or (not whole and shared % (BLOCK // 2)):
+        return None
+    table, offset = tables.table_of(weight.table, weight.entries)
+    return Form(weight.bits, scale, "constant", offset, 1 if whole else 2, table)
 
 
 _made: WeakKeyDictionary = WeakKeyDictionary()
@@ -223,7 +270,7 @@ def tiles_of(weight) -> Tiles | None:
 def _tile(weight, form: Form) -> Tiles:
     """Some rows at a time, so that no more than a few megabytes are needed beside the result."""
     out, columns = weight.shape
-    arrays_of = _int_arrays if isinstance(weight, IntWeight) else _gguf_arrays
+    arrays_of = {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)]
     step, made = max(1, PART // (columns * ROWS)) * ROWS, None
     for start in range(0, out, step):
         ids = slice(start, min(start + step, out))
@@ -236,8 +283,10 @@ def _tile(weight, form: Form) -> Tiles:
         for whole, part in zip(made, parts, strict=True):
             if part is not None:
                 whole[start // ROWS : start // ROWS + len(part)] = part
+    *arrays, factor = made
+    values = code_tiles.lookup_values(weight) if form.table in (tables.SIXTEEN, tables.MANY) else None
     blocks, groups = -(-columns // BLOCK), made[1].shape[1]
-    return Tiles(form, *made, weight.shape, blocks * form.parts // groups)
+    return Tiles(form, *arrays, weight.shape, blocks * form.parts // groups, values, factor)
 
 
 def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:
@@ -247,7 +296,24 @@ def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:
     if scale.shape[1] % form.parts:  # a block is half empty
         scale, zero = (np.pad(a, ((0, 0), (0, 1))) for a in (scale, zero))
     low = tile_numbers(zero.astype(np.uint8)) if form.low == "zero" else None
-    return tile_codes(codes, form.bits), tile_numbers(scale), low, None
+    return tile_codes(codes, form.bits), tile_numbers(scale), low, None, None
+
+
+def _code_arrays(weight: CodeWeight, ids: slice, form: Form) -> tuple:
+    shared, blocks = code_tiles.shared_columns(weight), -(-weight.columns // BLOCK)
+    per = blocks if shared == weight.columns else gcd(shared // BLOCK, blocks) if form.parts == 1 else 1
+    scale = code_tiles.spread_scales(weight, form.scale, BLOCK // form.parts * per, ids)
+    scale = np.pad(scale, ((0, 0), (0, blocks * form.parts // per - scale.shape[1])))
+    codes = weight.unpacked(ids)
+    if form.offset:  # two's complement: the offset makes them unsigned
+        codes ^= np.uint8(form.offset)
+    factor = _factor(len(codes), code_tiles.row_factor(weight)) if form.scale == "ue4m3" else None
+    return tile_codes(codes, form.bits), tile_numbers(scale), None, None, factor
+
+
+def _factor(rows: int, value: float) -> np.ndarray:
+    """One number for every row: (tiles, 16) float32."""
+    return np.full((-(-rows // ROWS), ROWS), value, np.float32)
 
 
 def _gguf_arrays(weight: GGUFBlocks, ids: slice, form: Form) -> tuple:
@@ -255,21 +321,27 @@ def _gguf_arrays(weight: GGUFBlocks, ids: slice, form: Form) -> tuple:
     out = len(data)
     fields = weight.layout.layout.unpack(data.reshape(out, -1, weight.layout.bytes_per_block))
     row = lambda name: fields[name].reshape(out, -1)
+    if "first" in fields:  # TQ1_0
+        fields["q"] = np.concatenate([fields[name] for name in ("first", "second", "last")], axis=-1)
     codes = row("q")
     if codes.dtype == np.int8:  # stored in two's complement: the offset makes them unsigned
         codes = codes.view(np.uint8) ^ np.uint8(form.offset)
     codes = tile_codes(codes, form.bits)
+    if form.scale == "ue4m3":  # the top bit means nothing, and 0x7F means 0; the table holds doubled values
+        scale = np.where(row("d") == 0x7F, 0, row("d") & 0x7F).astype(np.uint8)
+        return codes, tile_numbers(scale), None, None, _factor(out, 0.5)
     if form.scale != "levels":
-        return codes, tile_numbers(row("d")), tile_numbers(row("m")) if form.low == "minimum" else None, None
+        scale = row("e" if form.scale == "power" else "d")
+        return codes, tile_numbers(scale), tile_numbers(row("m")) if form.low == "minimum" else None, None, None
     level = lambda name: (
         row(name)
         if name in fields
         else np.concatenate([fields[f"{name}_low"], fields[f"{name}_high"]], axis=-1).reshape(out, -1)
     )
     sc = level("sc")
-    if form.bits == 3:  # Q3_K stores its levels with an offset
+    if form.low == "constant" and sc.dtype == np.uint8:  # Q3_K and IQ4_XS store their levels with an offset
         sc = sc.astype(np.int8) - np.int8(32)
     names = ("d", "dmin") if form.low == "levels" else ("d",)
     tops = np.stack([tile_numbers(row(name)) for name in names], axis=2)
     low = tile_numbers(level("mn")) if form.low == "levels" else None
-    return codes, tile_numbers(sc.astype(np.int8)), low, np.ascontiguousarray(tops)
+    return codes, tile_numbers(sc.astype(np.int8)), low, np.ascontiguousarray(tops), None

@@ -4,11 +4,11 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from refllm.kernels.packed import lanes, simd
+from refllm.kernels.packed import products, simd
 from refllm.kernels.packed.simd import Ints
 
 TRIPLE = "aarch64-linux-gnu"
-KINDS = (Ints.llvm, lanes.BYTES, lanes.BYTES)
+KINDS = (Ints.llvm, products.BYTES, products.BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def assembly(target, form, features):
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte] * 3), "f")
     b = ir.IRBuilder(function.append_basic_block())
     operands = [simd.load(b, p, kind) for p, kind in zip(function.args, KINDS, strict=True)]
-    b.store(lanes._add_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
+    b.store(products._add_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
     b.ret_void()
     machine = target.create_target_machine(cpu="generic", features=features, opt=3)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))
@@ -38,21 +38,21 @@ def assembly(target, form, features):
 def test_each_form_is_its_instruction(target):
     lines = {
         form: assembly(target, form, features).split()
-        for form, features in (("sdot", "+dotprod"), ("usdot", "+i8mm"), (lanes.PORTABLE, "+neon"))
+        for form, features in (("sdot", "+dotprod"), ("usdot", "+i8mm"), (products.PORTABLE, "+neon"))
     }
     assert lines["sdot"].count("sdot") == 4 and lines["usdot"].count("usdot") == 4  # a quarter of the vector each
-    assert not {"sdot", "usdot"} & set(lines[lanes.PORTABLE])
+    assert not {"sdot", "usdot"} & set(lines[products.PORTABLE])
 
 
 @pytest.mark.parametrize(
     ("features", "bits", "form"),
     [
         ({"+neon", "+dotprod"}, 4, "sdot"),
-        ({"+neon", "+dotprod"}, 8, lanes.PORTABLE),
+        ({"+neon", "+dotprod"}, 8, products.PORTABLE),
         ({"+neon", "+dotprod", "+i8mm"}, 8, "usdot"),
-        ({"+neon"}, 4, lanes.PORTABLE),
+        ({"+neon"}, 4, products.PORTABLE),
     ],
 )
 def test_the_form_follows_the_features(monkeypatch, features, bits, form):
-    monkeypatch.setattr(lanes, "target_features", lambda: frozenset(features))
-    assert lanes.dot_form(bits) == form
+    monkeypatch.setattr(products, "target_features", lambda: frozenset(features))
+    assert products.dot_form(bits) == form

@@ -8,12 +8,14 @@ import pytest
 
 PROGRAM = """
 import ctypes, mmap
+from dataclasses import replace
 import numpy as np
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast
-from refllm.kernels.packed.tiling import Tiles, tiles_of
-from refllm.kernels.packed.records import GGUFBlocks, IntWeight
+from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
+from refllm.kernels.packed.tiling import tiles_of
+from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -31,14 +33,14 @@ def guarded(array):
     return inside
 
 def tight(tiles):
-    arrays = map(guarded, (tiles.codes, tiles.scale, tiles.low, tiles.tops))
-    return Tiles(tiles.form, *arrays, tiles.shape, tiles.per)
+    names = "codes", "scale", "low", "tops", "values", "factor"
+    return replace(tiles, **{name: guarded(getattr(tiles, name)) for name in names})
 
 def check_tiles(weight, W):
     tiles = tiles_of(weight)
     for tokens in (1, 13) if tiles else ():
         x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
-        for kind in (fast.FLOAT, fast.BLOCKS, fast.TOKEN):
+        for kind in (fast.FLOAT, fast.BLOCKS, fast.TOKEN) if tiles.form.has_integers else (fast.FLOAT,):
             product = fast.tile_matmul(guarded(x), tight(tiles), kind)
             assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 
@@ -61,6 +63,12 @@ for name, layout in blocks.BLOCKS.items():
     fast.decoder(GGUFBlocks(data, name, layout.block_size))(0, 2, out)
     assert np.isfinite(out).all()
     check_tiles(GGUFBlocks(data, name, layout.block_size), out)
+W = rng.standard_normal((19, 112)).astype(np.float32)
+for weight in (blockwise(W, block=16), fp8_blocks(W), nvfp4(W), blockwise(W, "FP4_BNB", block=112, double_quant=True)):
+    check_tiles(weight, W)
+for table, bits in (("DYNAMIC8", 8), ("FP6_E2M3", 6), ("BINARY", 1)):
+    codes = rng.integers(0, 1 << bits, (19, 37)).astype(np.uint8)
+    check_tiles(CodeWeight.pack(codes, None, table, (1, 37)), W[:, :37])
 if MUST_CRASH:
     np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
 print("read nothing else")

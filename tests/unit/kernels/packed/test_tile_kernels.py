@@ -18,7 +18,7 @@ from numba import types
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, lanes, reference, simd, threads, tile_kernels
+from refllm.kernels.packed import fast, products, reference, simd, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
@@ -295,9 +295,9 @@ def test_no_tokens_give_no_rows():
 
 
 OTHER_TARGETS = """
-from refllm.kernels.packed import lanes
+from refllm.kernels.packed import products
 from tests.unit.kernels.packed.test_tile_kernels import *
-assert [lanes.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
+assert [products.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
 for form in ("S2 float16", "A3 float16", "S4 float16", "Q6_K", "A7 float16", "S8 float16"):
     check_whole_numbers(form, 1, (BLOCKS, TOKEN))
 check_whole_numbers("S4 float16")
@@ -310,9 +310,9 @@ X86 = any("sse2" in feature for feature in simd.target_features())
 @pytest.mark.parametrize(
     "name, features, dots",
     [
-        pytest.param("haswell", AVX2, [lanes.X86_BYTE_PAIRS, lanes.PORTABLE], id="avx2"),
-        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [lanes.PORTABLE] * 2, id="portable with avx"),
-        pytest.param("generic", None, [lanes.PORTABLE] * 2, id="generic"),
+        pytest.param("haswell", AVX2, [products.X86_BYTE_PAIRS, products.PORTABLE], id="avx2"),
+        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [products.PORTABLE] * 2, id="portable with avx"),
+        pytest.param("generic", None, [products.PORTABLE] * 2, id="generic"),
     ],
 )
 def test_the_other_forms_of_the_dot_product(name, features, dots):
@@ -328,7 +328,7 @@ def test_the_other_forms_of_the_dot_product(name, features, dots):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(lanes.dot_form(4) != lanes.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
+@pytest.mark.skipif(products.dot_form(4) != products.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
 @pytest.mark.parametrize("bits, n", [(4, 1), (4, TOKENS), (8, TOKENS)])
 def test_a_byte_product_is_one_instruction(bits, n):
     """vpdpbusd reads its four activations from memory and repeats them itself; every sum stays in a register."""

@@ -1,0 +1,307 @@
+"""Words that multiply the codes of a block with activations: what every tile product does most of the time.
+
+Each is made for one form of tiles (tiling.py), one part of a block and one number of tokens, since all of that is
+constant to the compiler. A lane belongs to a row, so no sum crosses lanes.
+
+Sums of four byte products are written in several ways, chosen by the features of Numba's target (which the environment
+variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI), as vpmaddubsw + vpmaddwd
+(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), as ARM's usdot or, for codes of at most 7
+bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give the same
+integers. Look-ups have a portable form, too.
+"""
+
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from refllm.kernels.packed import tables
+from refllm.kernels.packed.lanes import emit_fma, emit_join, emit_load, emit_splat, several
+from refllm.kernels.packed.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    Floats,
+    Ints,
+    constant,
+    emit_half_to_float,
+    emit_small_float,
+    shuffle,
+    target_features,
+)
+from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, Form
+
+BYTES = ir.VectorType(I8, 4 * LANES)
+SHORTS = ir.VectorType(I16, 2 * LANES)
+QUADS = BLOCK // 4  # fours of columns in a block
+X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
+ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
+
+
+def dot_form(bits: int) -> str:
+    """How Numba's target adds four byte products of codes of so many bits."""
+    features = target_features()
+    if {"+avx512bw", "+avx512vnni"} <= features:
+        return X86_BYTE_DOT
+    if "+i8mm" in features:
+        return ARM_MIXED_DOT
+    if "+dotprod" in features and bits < 8:
+        return ARM_DOT
+    return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
+
+
+def _quads(part: int, parts: int) -> range:
+    """The fours of columns in one of the equal parts of a block."""
+    return range(QUADS // parts * part, QUADS // parts * (part + 1))
+
+
+def _bare_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range, start: int = 0) -> list[ir.Value]:
+    """The codes of some fours of columns of a block as vectors of bytes: byte 4 r + c is column 4 quad + c of row r.
+
+    A plane of w bits is w vectors; bits w s .. of vector v belong to the quad w s + v.
+    """
+    made, low = {}, 0
+    for width in PLANES[bits]:
+        vectors = {}
+        for quad in quads:
+            v, s = quad % width, quad // width
+            if v not in vectors:
+                vectors[v] = emit_load(b, codes, start + 64 * v, BYTES)
+            piece = vectors[v]
+            if width < 8:
+                moved = b.lshr(b.bitcast(piece, SHORTS), constant(SHORTS, width * s)) if s else piece
+                piece = b.and_(b.bitcast(moved, BYTES), constant(BYTES, (1 << width) - 1))
+            if low:
+                piece = b.bitcast(b.shl(b.bitcast(piece, SHORTS), constant(SHORTS, low)), BYTES)
+                piece = b.or_(made[quad], piece)
+            made[quad] = piece
+        start, low = start + 64 * width, low + width
+    return [made[quad] for quad in quads]
+
+
+def _code_quads(b: ir.IRBuilder, codes: ir.Value, form: Form, quads: range) -> list[ir.Value]:
+    """The same with codes of whole numbers replaced by these, as bytes from 0 on."""
+    found = _bare_quads(b, codes, form.bits, quads)
+    if form.table not in tables.WHOLE:
+        return found
+    values, _ = tables.whole_bytes(form.table)
+    return [_look_up_bytes(b, values, some) for some in found]
+
+
+def _in_parts(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
+    """A vector cut into vectors of `count` elements."""
+    return [shuffle(b, value, list(range(i, i + count))) for i in range(0, value.type.count, count)]
+
+
+def _together(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Vectors one after another, a power of two of them."""
+    while len(parts) > 1:
+        mask = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [b.shuffle_vector(x, y, mask) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type):
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, of), name)
+
+
+def byte_shuffle() -> tuple[str, int] | None:
+    """LLVM's name for the instruction that looks bytes up within 16, and the bytes it takes at once; None without."""
+    features = target_features()
+    if "+avx512bw" in features:
+        return "llvm.x86.avx512.pshuf.b.512", 64
+    if "+avx2" in features:
+        return "llvm.x86.avx2.pshuf.b", 32
+    return ("llvm.x86.ssse3.pshuf.b.128", 16) if "+ssse3" in features else None
+
+
+def _shuffle_bytes(b: ir.IRBuilder, instruction: tuple[str, int], table: ir.Value, index: ir.Value) -> ir.Value:
+    """Byte i of the result is byte index[i] of the same sixteen bytes of the table; 64 bytes each."""
+    name, count = instruction
+    kind = ir.VectorType(I8, count)
+    call = _function(b, name, kind, kind, kind)
+    parts = zip(_in_parts(b, table, count), _in_parts(b, index, count), strict=True)
+    return _together(b, [b.call(call, part) for part in parts])
+
+
+def _look_up_bytes(b: ir.IRBuilder, values: np.ndarray, index: ir.Value) -> ir.Value:
+    """values[index], 2 to 16 values."""
+    if instruction := byte_shuffle():
+        table = ir.Constant(BYTES, np.resize(np.resize(values, 16), 64).tolist())
+        return _shuffle_bytes(b, instruction, table, index)
+    return _chosen(b, [constant(BYTES, int(value)) for value in values], index)
+
+
+def _chosen(b: ir.IRBuilder, choices: list[ir.Value], index: ir.Value) -> ir.Value:
+    """choices[index], element by element: halved by one bit of the index after another."""
+    bit = 1
+    while len(choices) > 1:
+        odd = b.icmp_unsigned("!=", b.and_(index, constant(index.type, bit)), constant(index.type, 0))
+        choices = [b.select(odd, y, x) for x, y in zip(choices[::2], choices[1::2], strict=True)]
+        bit *= 2
+    return choices[0]
+
+
+def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
+    if form == X86_BYTE_DOT:
+        # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
+        call = _function(b, "llvm.x86.avx512.vpdpbusd.512", *[Ints.llvm] * 4)
+        return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
+    if form == X86_BYTE_PAIRS:
+        return b.add(total, _dot_by_pairs(b, codes, x))
+    if form in (ARM_DOT, ARM_MIXED_DOT):
+        return _add_dot_by_quarters(b, form, total, codes, x)
+    eight = constant(SHORTS, 8)
+    codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
+    even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)
+    odd = b.lshr(codes, eight), b.ashr(x, eight)
+    wide = ir.VectorType(I32, 2 * LANES)
+    for code, number in (even, odd):
+        product = b.mul(b.sext(code, wide), b.sext(number, wide))
+        pairs = shuffle(b, product, list(range(0, 2 * LANES, 2))), shuffle(b, product, list(range(1, 2 * LANES, 2)))
+        total = b.add(total, b.add(*pairs))
+    return total
+
+
+def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """The four byte products of every lane through 16-bit pairs, 256 bits at a time."""
+    bytes_, shorts = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
+    words = ir.VectorType(I32, LANES // 2)
+    pairs = _function(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
+    fours = _function(b, "llvm.x86.avx2.pmadd.wd", words, shorts, shorts)
+    halves = zip(_in_parts(b, codes, 2 * LANES), _in_parts(b, x, 2 * LANES), strict=True)
+    return _together(b, [b.call(fours, [b.call(pairs, half), constant(shorts, 1)]) for half in halves])
+
+
+def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """_add_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
+    words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+    call = _function(b, f"llvm.aarch64.neon.{form}.v4i32.v16i8", words, words, bytes_, bytes_)
+    quarters = zip(_in_parts(b, total, 4), _in_parts(b, codes, 16), _in_parts(b, x, 16), strict=True)
+    return _together(b, [b.call(call, quarter) for quarter in quarters])
+
+
+@cache
+def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
+    """A word: sums of code * x over a block (parts = 1) or one half of it (parts = 2), as floats: exact.
+
+    Its arguments are the address of the block's codes; that of n times 32 int8 numbers, one token after another; and
+    that of n int32 numbers, with which the sums begin if `begins`.
+    """
+    quads, kind, dot = _quads(part, parts), several(Floats, n), dot_form(form.width)
+
+    @intrinsic
+    def sums_of_products(typing, codes, x, begin):
+        def generate(context, b, sig, args):
+            sums = [constant(Ints.llvm, 0)] * n
+            if begins:
+                sums = [emit_splat(b, emit_load(b, args[2], 4 * i, I32)) for i in range(n)]
+            for quad, some in zip(quads, _code_quads(b, args[0], form, quads), strict=True):
+                for i in range(n):
+                    four = b.bitcast(emit_splat(b, emit_load(b, args[1], BLOCK * i + 4 * quad, I32)), BYTES)
+                    sums[i] = _add_dot(b, dot, sums[i], some, four)
+            return emit_join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
+
+        return kind(types.intp, types.intp, types.intp), generate
+
+    return sums_of_products
+
+
+@cache
+def float_products(form: Form, part: int, parts: int, n: int):
+    """A word: sums of number * x over a block or one half of it, in two sums that do not wait for each other.
+
+    Its arguments are the address of the block's codes; that of n times 32 floats; zero : Floats, whole numbers that are
+    subtracted from codes that are numbers; and the table: sixteen Floats, or the address of 256, or anything.
+    """
+    quads, kind = _quads(part, parts), several(Floats, n)
+
+    @intrinsic
+    def sums_of_products(typing, codes, x, zero, table):
+        def generate(context, b, sig, args):
+            codes, x, zero, table = args
+            sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(n)]
+            for quad, c, number in _numbers(b, form, codes, quads, zero, table):
+                for i in range(n):
+                    each = emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + 4 * quad + c), F32))
+                    sums[i][c % 2] = emit_fma(b, number, each, sums[i][c % 2])
+            return emit_join(b, kind, [b.fadd(*pair) for pair in sums])
+
+        return kind(types.intp, types.intp, zero, table), generate
+
+    return sums_of_products
+
+
+def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: ir.Value, table: ir.Value):
+    """The numbers of some fours of columns, a column of all rows at a time: (quad, c, Floats)."""
+    if form.table in (tables.HALF, tables.SINGLE):
+        stored = ir.VectorType(I16 if form.table == tables.HALF else F32, LANES)
+        for quad in quads:
+            for c in range(4):
+                number = emit_load(b, codes, form.bits // 8 * ROWS * (4 * quad + c), stored)
+                yield quad, c, emit_half_to_float(b, number) if form.table == tables.HALF else number
+        return
+    for quad, some in zip(quads, _code_quads(b, codes, form, quads), strict=True):
+        lanes = b.bitcast(some, Ints.llvm)
+        for c in range(4):
+            if form.table in tables.SMALL:
+                number = emit_small_float(b, lanes, c, tables.SMALL[form.table])
+            elif form.table == tables.SIXTEEN:
+                number = _look_up_sixteen(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)))
+            elif form.table == tables.MANY:
+                number = _look_up_many(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)), 255)
+            else:
+                number = _whole_number(b, lanes, c, form.width, zero)
+            yield quad, c, number
+
+
+def _whole_number(b: ir.IRBuilder, lanes: ir.Value, c: int, width: int, zero: ir.Value) -> ir.Value:
+    """code - zero of byte c of every lane.
+
+    A code q in the low mantissa bits of 2^23 makes the float 2^23 + q; one that sits k bits higher takes 2^(23-k). So
+    subtracting 2^(23-k) + zero, which is exact, gives q - zero with no conversion.
+    """
+    at = 8 * c
+    if at + width > 23:
+        lanes, at = b.lshr(lanes, constant(Ints.llvm, at)), 0
+    field = b.and_(lanes, constant(Ints.llvm, ((1 << width) - 1) << at))
+    number = b.bitcast(b.or_(field, constant(Ints.llvm, (127 + 23 - at) << 23)), Floats.llvm)
+    return b.fsub(number, b.fadd(zero, constant(Floats.llvm, 2.0 ** (23 - at))))
+
+
+def sixteen_in_registers() -> bool:
+    """Whether Numba's target looks floats up within a vector; else products take the table's address."""
+    return "+avx2" in target_features()
+
+
+def _look_up_sixteen(b: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
+    """table[index & 15] of sixteen floats."""
+    if not sixteen_in_registers():
+        return _look_up_many(b, table, index, 15)
+    if "+avx512f" in target_features():
+        return b.call(
+            _function(b, "llvm.x86.avx512.permvar.sf.512", Floats.llvm, Floats.llvm, Ints.llvm), [table, index]
+        )
+    eight, numbers = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
+    permute = _function(b, "llvm.x86.avx2.permps", eight, eight, numbers)
+    found = []
+    for some in _in_parts(b, index, 8):
+        low, high = (b.call(permute, [half, some]) for half in _in_parts(b, table, 8))
+        in_high = b.icmp_unsigned("!=", b.and_(some, constant(numbers, 8)), constant(numbers, 0))
+        found.append(b.select(in_high, high, low))
+    return _together(b, found)
+
+
+def _look_up_many(b: ir.IRBuilder, table: ir.Value, index: ir.Value, mask: int) -> ir.Value:
+    """The floats at an address by number, one lane after another."""
+    index = b.and_(index, constant(Ints.llvm, mask))
+    values = ir.Constant(Floats.llvm, ir.Undefined)
+    for lane in range(LANES):
+        offset = b.shl(b.zext(b.extract_element(index, I32(lane)), table.type), ir.Constant(table.type, 2))
+        values = b.insert_element(values, emit_load(b, b.add(table, offset), 0, F32), I32(lane))
+    return values
