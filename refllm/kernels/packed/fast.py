@@ -50,7 +50,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     -------
     (tokens, out) float32
     """
-    tokens, blocks, n = len(x), tiles.codes.shape[1], 1 if len(x) <= FEW_TOKENS else TOKENS
+    tokens, blocks, n = len(x), tiles.blocks, 1 if len(x) <= FEW_TOKENS else TOKENS
     x = _padded(x, blocks * BLOCK)
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))

@@ -221,20 +221,86 @@ def float_products(form: Form, part: int, parts: int, n: int):
     """
     quads, kind = _quads(part, parts), several(Floats, n)
 
+    activations = _picked_floats if form.pairs else _repeated_floats
+
     @intrinsic
     def sums_of_products(typing, codes, x, zero, table):
         def generate(context, b, sig, args):
             codes, x, zero, table = args
             sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(n)]
+            each = activations(b, form, codes, x, quads)
             for quad, c, number in _numbers(b, form, codes, quads, zero, table):
                 for i in range(n):
-                    each = emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + 4 * quad + c), F32))
-                    sums[i][c % 2] = emit_fma(b, number, each, sums[i][c % 2])
+                    sums[i][c % 2] = emit_fma(b, number, each(i, quad, c), sums[i][c % 2])
             return emit_join(b, kind, [b.fadd(*pair) for pair in sums])
 
         return kind(types.intp, types.intp, zero, table), generate
 
     return sums_of_products
+
+
+def _repeated_floats(b: ir.IRBuilder, form: Form, codes: ir.Value, x: ir.Value, quads: range):
+    """Activations beside codes: the number of token i in column 4 quad + c, in every lane."""
+    return lambda i, quad, c: emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + 4 * quad + c), F32))
+
+
+def _picked_floats(b: ir.IRBuilder, form: Form, codes: ir.Value, x: ir.Value, quads: range):
+    """Activations beside kept codes: each lane has that of its own column among the four that column c is one of."""
+    index = dict(zip(quads, _bare_quads(b, codes, 2, quads, form.code_bytes), strict=True))
+
+    def each(i, quad, c):
+        four = emit_load(b, x, 4 * (BLOCK * i + 8 * (quad % len(quads)) + 4 * (c // 2)), ir.VectorType(F32, 4))
+        return _pick(b, four, b.lshr(b.bitcast(index[quad], Ints.llvm), constant(Ints.llvm, 8 * c)))
+
+    return each
+
+
+def _pick(b: ir.IRBuilder, four: ir.Value, index: ir.Value) -> ir.Value:
+    """four[index & 3] in every lane."""
+    features = target_features()
+    if "+avx" not in features:
+        return _chosen(b, [shuffle(b, four, [k] * LANES) for k in range(4)], index)
+    name, count = ("avx512.vpermilvar.ps.512", 16) if "+avx512f" in features else ("avx.vpermilvar.ps.256", 8)
+    floats = ir.VectorType(F32, count)
+    permute = _function(b, f"llvm.x86.{name}", floats, floats, ir.VectorType(I32, count))
+    some = shuffle(b, four, list(range(4)) * (count // 4))
+    return _together(b, [b.call(permute, [some, part]) for part in _in_parts(b, index, count)])
+
+
+@cache
+def picked_products(form: Form, part: int, n: int):
+    """A word for 2:4: sums of (code - zero) * x over the kept columns of a half of a block, as floats: exact.
+
+    Its arguments are those of float_products, x of int8.
+    """
+    quads, kind, dot = _quads(part, 2), several(Floats, n), dot_form(form.width)
+
+    @intrinsic
+    def sums_of_products(typing, codes, x, zero):
+        def generate(context, b, sig, args):
+            codes, x, zero = args
+            sums, of = ([constant(Ints.llvm, 0)] * n for _ in range(2))
+            index = _bare_quads(b, codes, 2, quads, form.code_bytes)
+            for place, (some, where) in enumerate(zip(_code_quads(b, codes, form, quads), index, strict=True)):
+                for i in range(n):
+                    picked = _pick_bytes(b, emit_load(b, x, BLOCK * i + 8 * place, ir.VectorType(I8, 8)), where)
+                    sums[i] = _add_dot(b, dot, sums[i], some, picked)
+                    of[i] = _add_dot(b, dot, of[i], constant(BYTES, 1), picked)
+            whole = lambda number: b.sitofp(number, Floats.llvm)
+            differences = [emit_fma(b, b.fneg(zero), whole(y), whole(x)) for x, y in zip(sums, of, strict=True)]
+            return emit_join(b, kind, differences)
+
+        return kind(types.intp, types.intp, zero), generate
+
+    return sums_of_products
+
+
+def _pick_bytes(b: ir.IRBuilder, eight: ir.Value, index: ir.Value) -> ir.Value:
+    """Of every four bytes of the index the first two name one of the first four of `eight`, the others of the last."""
+    if instruction := byte_shuffle():
+        table = shuffle(b, eight, list(range(8)) * 8)
+        return _shuffle_bytes(b, instruction, table, b.or_(index, ir.Constant(BYTES, [0, 0, 4, 4] * LANES)))
+    return _chosen(b, [shuffle(b, eight, [k, k, 4 + k, 4 + k] * LANES) for k in range(4)], index)
 
 
 def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: ir.Value, table: ir.Value):

@@ -90,13 +90,16 @@ class Sparse24(BaseRecord):
         """(out, in)."""
         return self.indices.shape[0], self.columns
 
+    def pairs(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
+        """Places of the kept columns of some rows among their four, (k, in / 2) uint8."""
+        return unpack_bits(self.indices[ids], 2, self.columns // 2)
+
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
-        pairs = unpack_bits(self.indices[ids], 4, self.columns // 4)
-        chosen = np.stack([pairs & 3, pairs >> 2], axis=-1)  # [k, in / 4, 2]
-        out = np.zeros((*pairs.shape, 4), np.float32)
+        chosen = self.pairs(ids).reshape(-1, self.columns // 4, 2)
+        out = np.zeros((*chosen.shape[:2], 4), np.float32)
         np.put_along_axis(out, chosen.astype(np.intp), rows_of(self.values, ids).reshape(chosen.shape), axis=-1)
-        return out.reshape(len(pairs), self.columns)
+        return out.reshape(len(out), self.columns)
 
 
 @dataclass(frozen=True, eq=False)

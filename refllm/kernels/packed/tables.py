@@ -33,6 +33,11 @@ def whole_bytes(table: str) -> tuple[np.ndarray, int]:
     return (WHOLE[table].astype(np.int16) + offset).astype(np.uint8), offset
 
 
+def of_floats(dtype: np.dtype) -> str:
+    """The table of floats that lie as such."""
+    return HALF if dtype == np.float16 else SINGLE
+
+
 def table_of(name: str, entries: np.ndarray) -> tuple[str, int]:
     """The table of a CodeWeight, and what to subtract from its codes where they are numbers.
 

@@ -47,7 +47,7 @@ from refllm.kernels.packed.lanes import (
     word,
     zeros,
 )
-from refllm.kernels.packed.products import float_products, integer_products, sixteen_in_registers
+from refllm.kernels.packed.products import float_products, integer_products, picked_products, sixteen_in_registers
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tables import MANY, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
@@ -63,7 +63,7 @@ SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_po
 
 def _begins(form: Form, integers: bool) -> bool:
     """Whether the sums of a product begin with -offset * (sum of x), so that a constant zero costs nothing."""
-    return integers and form.low == "constant" and form.offset > 0
+    return integers and form.low == "constant" and form.offset > 0 and not form.pairs
 
 
 def laid_kind(form: Form, kind: int) -> int:
@@ -73,6 +73,8 @@ def laid_kind(form: Form, kind: int) -> int:
 
 def _products(form: Form, integers: bool, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
+    if form.pairs:
+        return _picked_products(form, integers, n, part)
     parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
     if integers:
@@ -92,6 +94,20 @@ def _products(form: Form, integers: bool, n: int, part: int):
         if minimum:
             total = fma(lowest, times(of, step), total)
         return total
+
+    return add_products
+
+
+def _picked_products(form: Form, integers: bool, n: int, part: int):
+    """The same for 2:4, where x is a block of activations and a half of a block of kept columns takes two of four."""
+    products = picked_products(form, part, n) if integers else float_products(form, part, 2, n)
+
+    @register_jitable(forceinline=True)
+    def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
+        if integers:
+            return fma(times(products(codes, x, zero), step), scale, total)
+        total = fma(products(codes, x, zero, table), scale, total)
+        return fma(splats(sums, n), every(0), total)  # NaN if any of the activations is, picked or not
 
     return add_products
 
@@ -121,15 +137,18 @@ def _load_table(form: Form):
 def product_text(form: Form, integers: bool, n: int):
     """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
 
+    Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
+
     weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
     """
     if form.scale == "levels":
         return _levels_text(form, integers, n)
-    offset, block_bytes, parts, two = form.offset, form.block_bytes, form.parts, form.parts == 2
+    offset, block_bytes, parts, two, pairs = form.offset, form.block_bytes, form.parts, form.parts == 2, form.pairs
     (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
     scale_bytes, low_bytes, factor = ROWS * width, ROWS * (2 if minimum else 1), form.scale == "ue4m3"
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
-    add_first, add_second = (_products(form, integers, n, part) for part in (0, parts - 1))
+    wide = 2 if pairs else 1  # blocks of activations beside one of codes
+    add_first, add_second = (_products(form, integers, n, part) for part in (0, 1 if pairs else parts - 1))
     load_table = _load_table(form)
 
     @register_jitable
@@ -141,14 +160,15 @@ def product_text(form: Form, integers: bool, n: int):
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
         blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
-        groups = blocks // per
+        groups = (blocks + wide - 1) // wide // per
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
                 for panel in range(start, min(start + PANELS, panels)):
                     total = zeros(n)
-                    code = codes + tile * blocks * block_bytes
+                    code = codes + tile * groups * per * block_bytes
                     some = x + panel * blocks * x_bytes
                     steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
+                    left = blocks
                     at, under = scale + tile * groups * parts * scale_bytes, low + tile * groups * parts * low_bytes
                     for _ in range(groups):
                         s, zero, lowest = load_group(at, under)
@@ -157,10 +177,16 @@ def product_text(form: Form, integers: bool, n: int):
                             total = add_first(total, code, some, step, sums, s, zero, lowest, table)
                             if two:
                                 s, zero, lowest = load_group(at + scale_bytes, under + low_bytes)
+                            if pairs:
+                                left -= 2
+                                if left >= 0:
+                                    some, step, sums = some + x_bytes, splats(steps + step_bytes, n), sums + sum_bytes
+                                    total = add_second(total, code, some, step, sums, s, zero, lowest, table)
+                            elif two:
                                 total = add_second(total, code, some, step, sums, s, zero, lowest, table)
                             code += block_bytes
                             some += x_bytes
-                            steps += step_bytes
+                            steps += wide * step_bytes
                             sums += sum_bytes
                         at += parts * scale_bytes
                         under += parts * low_bytes

@@ -21,7 +21,7 @@ Rows and columns that a weight does not have are filled up: with codes of any va
 A weight that has no such form (groups that do not fall on blocks) has no tiles: `tiles_of` gives None.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 from weakref import WeakKeyDictionary
@@ -33,6 +33,7 @@ from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
 from refllm.kernels.packed.codes import CodeWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.sparse import Sparse24
 
 ROWS = 16  # of a tile
 BLOCK = 32  # columns
@@ -61,6 +62,9 @@ class Form:
         Scales of a block: 1, or 2 where 16 columns share one.
     table : str
         A name of tables.py; "" where codes are numbers.
+    pairs : bool
+        2:4: what stands here of columns is said of the kept half of them; behind the codes of 32 kept columns lie their
+        places among four, as codes of 2 bits.
     """
 
     bits: int
@@ -69,6 +73,7 @@ class Form:
     offset: int = 0
     parts: int = 1
     table: str = ""
+    pairs: bool = False
 
     @property
     def width(self) -> int:
@@ -81,15 +86,20 @@ class Form:
         return self.table in ("", *tables.WHOLE)
 
     @property
-    def block_bytes(self) -> int:
+    def code_bytes(self) -> int:
         """Bytes of the codes of a block: 16 rows, 32 columns."""
         return ROWS * BLOCK * self.bits // 8
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes from block to block."""
+        return self.code_bytes + (ROWS * BLOCK // 4 if self.pairs else 0)
 
     @property
     def key(self) -> str:
         """A name for file names."""
         key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
-        return f"{key}_{self.table}" if self.table else key
+        return "_".join([key, *filter(None, (self.table, "pairs" * self.pairs))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +135,11 @@ class Tiles:
     factor: np.ndarray | None = None
 
     @property
+    def blocks(self) -> int:
+        """Blocks of activations, 32 columns each."""
+        return -(-self.shape[1] // BLOCK)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(a.nbytes for a in self._arrays if a is not None)
@@ -137,7 +152,7 @@ class Tiles:
     def table(self) -> np.ndarray:
         """Where a kernel finds the arrays: four addresses, blocks and per, two more addresses; (8,) int64."""
         addresses = [0 if a is None else a.ctypes.data for a in self._arrays]
-        return np.array([*addresses[:4], self.codes.shape[1], self.per, *addresses[4:]], np.int64)
+        return np.array([*addresses[:4], self.blocks, self.per, *addresses[4:]], np.int64)
 
     @cached_property
     def address(self) -> int:
@@ -200,6 +215,15 @@ def tile_numbers(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(tiles, ROWS, count).swapaxes(1, 2))
 
 
+def tile_floats(values: np.ndarray) -> np.ndarray:
+    """(out, in) float16 or float32 -> (tiles, blocks, bytes) uint8: of each column the sixteen rows side by side."""
+    out, columns = values.shape
+    tiles, blocks = -(-out // ROWS), -(-columns // BLOCK)
+    padded = np.pad(values, ((0, tiles * ROWS - out), (0, blocks * BLOCK - columns)))
+    turned = padded.reshape(tiles, ROWS, blocks, BLOCK).transpose(0, 2, 3, 1)  # [tile, block, column, row]
+    return np.ascontiguousarray(turned).view(np.uint8).reshape(tiles, blocks, -1)
+
+
 _IQ4, _FP4, _BINARY = (tables.whole_bytes(name)[1] for name in ("IQ4", "FP4", "BINARY"))
 _GGUF = {  # type -> form; the fields of their layouts: q codes, d scale, m minimum, sc and mn levels
     "Q4_0": Form(4, "half", offset=8),
@@ -231,7 +255,19 @@ def form_of(weight) -> Form | None:
         return _GGUF.get(weight.type_name)
     if isinstance(weight, CodeWeight):
         return _code_form(weight)
+    if isinstance(weight, Sparse24):
+        return _pairs_form(weight)
     return _int_form(weight) if isinstance(weight, IntWeight) else None
+
+
+def _pairs_form(weight: Sparse24) -> Form | None:
+    values = weight.values
+    if isinstance(values, np.ndarray):
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), pairs=True)
+    form = form_of(values)
+    if form is None or form.scale == "levels" or form.low not in ("constant", "zero"):
+        return None
+    return None if form.pairs else replace(form, pairs=True)
 
 
 def _int_form(weight: IntWeight) -> Form | None:
@@ -270,11 +306,10 @@ def tiles_of(weight) -> Tiles | None:
 def _tile(weight, form: Form) -> Tiles:
     """Some rows at a time, so that no more than a few megabytes are needed beside the result."""
     out, columns = weight.shape
-    arrays_of = {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)]
     step, made = max(1, PART // (columns * ROWS)) * ROWS, None
     for start in range(0, out, step):
         ids = slice(start, min(start + step, out))
-        parts = arrays_of(weight, ids, form)
+        parts = _arrays(weight, ids, form)
         if isinstance(weight, GGUFBlocks):
             forget_pages(weight.data[ids])  # of a file: they can be read again
         if made is None:
@@ -283,10 +318,22 @@ def _tile(weight, form: Form) -> Tiles:
         for whole, part in zip(made, parts, strict=True):
             if part is not None:
                 whole[start // ROWS : start // ROWS + len(part)] = part
-    *arrays, factor = made
-    values = code_tiles.lookup_values(weight) if form.table in (tables.SIXTEEN, tables.MANY) else None
-    blocks, groups = -(-columns // BLOCK), made[1].shape[1]
-    return Tiles(form, *arrays, weight.shape, blocks * form.parts // groups, values, factor)
+    codes, scale, low, tops, factor = made
+    values = None
+    if form.table in (tables.SIXTEEN, tables.MANY):
+        values = code_tiles.lookup_values(weight.values if form.pairs else weight)
+    per = codes.shape[1] * form.parts // scale.shape[1]
+    return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
+
+
+def _arrays(weight, ids: slice, form: Form) -> tuple:
+    """Codes, scale, low, tops and factor of some rows, tiled."""
+    if isinstance(weight, Sparse24):
+        codes, *rest = _arrays(weight.values, ids, form)
+        return np.concatenate([codes, tile_codes(weight.pairs(ids), 2)], axis=2), *rest
+    if isinstance(weight, np.ndarray):
+        return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None
+    return {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)](weight, ids, form)
 
 
 def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:

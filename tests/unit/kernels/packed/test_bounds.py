@@ -15,7 +15,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiling import tiles_of
-from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight
+from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -69,6 +69,14 @@ for weight in (blockwise(W, block=16), fp8_blocks(W), nvfp4(W), blockwise(W, "FP
 for table, bits in (("DYNAMIC8", 8), ("FP6_E2M3", 6), ("BINARY", 1)):
     codes = rng.integers(0, 1 << bits, (19, 37)).astype(np.uint8)
     check_tiles(CodeWeight.pack(codes, None, table, (1, 37)), W[:, :37])
+for columns in (32, 36, 96):
+    indices = np.resize(np.uint8([0x4E, 0xC9]), (19, -(-columns // 8)))
+    indices[:, -1] &= 0xFF if columns % 8 == 0 else 0x0F
+    values = W[:, : columns // 2]
+    grid = AffineGrid(4, columns // 2)
+    packed = IntWeight.pack(grid, grid.encode(values, *grid.fit(values)), *grid.fit(values))
+    for stored in (values.copy(), values.astype(np.float16), packed):
+        check_tiles(Sparse24(stored, indices, columns), W[:, :columns])
 if MUST_CRASH:
     np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
 print("read nothing else")

@@ -1,0 +1,175 @@
+"""Products of sparse weights that never become dense rows: 2:4 in tiles, against the records' own numbers."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.formats.bits import pack_bits
+from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.kernels.packed import fast, reference, simd
+from refllm.kernels.packed.records import CodeWeight, Sparse24
+from refllm.kernels.packed.tiling import form_of, tiles_of
+from tests.unit.kernels.packed.test_fast import random_blocks
+from tests.unit.kernels.packed.test_tables import MANY_CASES, bound, check_product, code_weights, rounded, tokens_and
+from tests.unit.kernels.packed.test_tiling import int_weight
+
+PAIRS = np.array([0x4, 0x8, 0xC, 0x9, 0xD, 0xE], np.uint8)  # the ways to keep two of four
+GRIDS = {"S3": (SymmetricGrid, 3), "S4": (SymmetricGrid, 4), "A4": (AffineGrid, 4), "A8": (AffineGrid, 8)}
+FLOATS, CODES = ("float16", "float32"), ("NF4", "FP8_E4M3FN")
+
+
+@st.composite
+def two_of_four(draw, values, columns):
+    """Values (or codes) of a kind for any columns of each four, or always the same two."""
+    rows, seed = draw(st.integers(1, 18)), draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    kept = columns // 2
+    if values in FLOATS:
+        stored = rng.standard_normal((rows, kept)) * 10.0 ** rng.integers(-7, 4, (rows, 1))
+        stored[rng.random(stored.shape) < 0.1] = -0.0
+        stored = stored.astype(values)
+    elif values in GRIDS:
+        grid, bits = GRIDS[values]
+        groups = [-1, 0, *(g for g in (16, 32, 64) if kept % g == 0)]
+        stored = int_weight(grid(bits, draw(st.sampled_from(groups))), rows, kept, seed, draw(st.booleans()))
+    else:
+        stored = draw(code_weights(values, kept))
+        rows = len(stored.codes)
+    nibbles = PAIRS[rng.integers(0, 6, (rows, columns // 4))]
+    if draw(st.booleans()):
+        nibbles[:] = draw(st.sampled_from(list(PAIRS)))
+    return Sparse24(stored, pack_bits(nibbles, 4), columns)
+
+
+@pytest.mark.parametrize("values", [*FLOATS, *GRIDS, *CODES])
+@MANY_CASES
+@given(data=st.data(), columns=st.sampled_from([4, 28, 32, 36, 64, 96, 100, 128]))
+def test_2_4_within_the_bound(values, data, columns):
+    weight = data.draw(two_of_four(values, columns))
+    x = data.draw(tokens_and(columns))
+    assert tiles_of(weight).form.pairs
+    with np.errstate(all="ignore"):
+        W = weight.dense()
+    largest = float(np.abs(W).max())
+    check_product(lambda x: fast.matmul_float(x, weight), x, W, largest)
+    if values in GRIDS:
+        x_rounded = rounded(x)
+        with np.errstate(all="ignore"):
+            y = fast.matmul_int8(x, weight)
+            exact = x_rounded.astype(np.float64) @ W.T.astype(np.float64)
+        assert np.array_equal(y[:3], fast.matmul_int8(x[:3], weight), equal_nan=True)
+        assert (np.abs(y - exact) <= bound(x_rounded, W, largest)).all()
+
+
+def whole(values, rows, columns, seed, largest=False):
+    """2:4 with whole numbers for weights."""
+    rng = np.random.default_rng(seed)
+    grid, bits = GRIDS[values]
+    inner = int_weight(grid(bits, -1), rows, columns // 2, seed, largest)
+    inner = replace(inner, scale=np.ones_like(inner.scale))
+    return Sparse24(inner, pack_bits(PAIRS[rng.integers(0, 6, (rows, columns // 4))], 4), columns)
+
+
+def check_whole_numbers(values, rows, columns, seed, largest):
+    weight, rng = whole(values, rows, columns, seed, largest), np.random.default_rng(seed)
+    x = rng.integers(-127, 128, (13, columns)).astype(np.float32)
+    x[:, 0] = 127  # so that every token's scale is 1
+    if largest:
+        x[:] = 127 * rng.choice([-1, 1], (13, 1))
+    exact = x.astype(np.int64) @ weight.dense().T.astype(np.int64)
+    for product in (fast.matmul_int8, fast.matmul_float):
+        assert np.array_equal(product(x, weight), exact)
+        assert np.array_equal(product(x[:1], weight), exact[:1])
+
+
+@pytest.mark.parametrize("values", GRIDS)
+@MANY_CASES
+@given(rows=st.integers(1, 18), quads=st.integers(1, 40), seed=st.integers(0, 2**16), largest=st.booleans())
+def test_2_4_whole_numbers_are_exact(values, rows, quads, seed, largest):
+    check_whole_numbers(values, rows, 4 * quads, seed, largest)
+
+
+@pytest.mark.parametrize("values", ["float16", "S4"])
+@pytest.mark.parametrize("tokens", [2, 13])
+def test_not_a_number_poisons_its_token_picked_or_not(values, tokens):
+    rng = np.random.default_rng(0)
+    weight = whole("S4", 20, 96, 0)
+    if values == "float16":
+        weight = replace(weight, values=weight.values.dense().astype(np.float16))
+    x = rng.standard_normal((tokens, 96), np.float32)
+    for product in (fast.matmul_float, fast.matmul_int8):
+        clean = product(x, weight)
+        for bad in (np.nan, np.inf, -np.inf):
+            spoilt = x.copy()
+            spoilt[1, 37] = bad
+            y = product(spoilt, weight)
+            assert not np.isfinite(y[1]).any()
+            assert np.array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
+
+
+def test_2_4_the_same_bits_with_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr("refllm.kernels.packed.threads.MINIMUM_WORK", 1)
+    weight, x = whole("A4", 100, 96, 0), np.random.default_rng(0).standard_normal((30, 96), np.float32)
+    found = []
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("REFLLM_THREADS", threads)
+        found.append((fast.matmul_float(x, weight), fast.matmul_int8(x, weight)))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_values_without_tiles_are_decoded():
+    weight = whole("S4", 5, 96, 0)
+    plain = CodeWeight.pack(np.ones((5, 48), np.uint8), np.ones((1, 10), np.float32), "NF4", (0, 24))
+    for values in (plain, random_blocks("Q4_K", 5, 1, 0), random_blocks("Q4_1", 5, 2, 0)):
+        columns = 2 * values.shape[1]
+        nibbles = np.full((5, columns // 4), 0x4, np.uint8)
+        other = replace(weight, values=values, indices=pack_bits(nibbles, 4), columns=columns)
+        assert form_of(other) is None
+        x = np.random.default_rng(0).standard_normal((3, columns), np.float32)
+        assert np.allclose(fast.matmul_float(x, other), reference.matmul_float(x, other), rtol=1e-3, atol=1e-3)
+
+
+OTHER_TARGETS = """
+from tests.unit.kernels.packed.test_sparse_kernels import *
+from tests.unit.kernels.packed.test_tables import *
+from refllm.kernels.packed import products
+assert products.byte_shuffle() == SHUFFLE
+for name in ("S4", "A8"):
+    check_whole_numbers(name, 17, 100, 0, False)
+for name in ("IQ4_XS", "NVFP4", "Q1_0"):
+    test_whole_numbers_are_exact.hypothesis.inner_test(name, 17, 1, 0, False)
+rng = np.random.default_rng(0)
+W, x = rng.standard_normal((17, 96)).astype(np.float32), rng.standard_normal((13, 96), np.float32)
+codes = rng.integers(0, 64, W.shape).astype(np.uint8)
+for weight in (blockwise(W, block=16), *(CodeWeight.pack(codes, None, t, (1, 96)) for t in ("FP6_E3M2", DYNAMIC8))):
+    check_product(lambda x: fast.matmul_float(x, weight), x, weight.dense())
+weight = Sparse24(W[:, :48].astype(np.float16), pack_bits(PAIRS[rng.integers(0, 6, (17, 24))], 4), 96)
+check_product(lambda x: fast.matmul_float(x, weight), x, weight.dense())
+"""
+AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+cmov,+cx8,+fxsr,+mmx"
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "shuffle"),
+    [
+        pytest.param("haswell", AVX2, ("llvm.x86.avx2.pshuf.b", 32), id="avx2"),
+        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), ("llvm.x86.ssse3.pshuf.b.128", 16), id="avx"),
+        pytest.param("generic", None, None, id="generic"),
+    ],
+)
+def test_look_ups_on_other_targets(name, features, shuffle):
+    if name != "generic" and "+avx2" not in simd.target_features():
+        pytest.skip("this machine does not run AVX2 code")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    environment = keep | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CPU_NAME": name}
+    if features is not None:
+        environment["NUMBA_CPU_FEATURES"] = features
+    program = f"SHUFFLE = {shuffle}\n{OTHER_TARGETS}"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
