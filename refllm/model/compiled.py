@@ -57,7 +57,7 @@ def _linears(model: Model) -> list[str]:
 
 def _takes(model: Model, cache: KVCache) -> bool:
     """Whether every store and every weight has a place in the compiled texts."""
-    from refllm.kernels.packed.tiling import form_of
+    from refllm.kernels.packed.tiled import form_of
 
     if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
         return False
@@ -242,7 +242,8 @@ class Compiled:
         from refllm.kernels.packed.decode_step import dense_address
         from refllm.kernels.packed.quantized import GGUFBlocks
         from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, laid_kind, product_address
-        from refllm.kernels.packed.tiling import ROWS, tiles_of
+        from refllm.kernels.packed.tiled import tiles_of
+        from refllm.kernels.packed.tiling import ROWS
 
         weight = self.model.weights[name]
         tiles = -(-weight.shape[0] // ROWS)

@@ -29,7 +29,8 @@ from refllm.kernels.packed.tile_kernels import (
     lay_out_address,
     product_address,
 )
-from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles, tiles_of
+from refllm.kernels.packed.tiled import tiles_of
+from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
 SLAB = 80 * TOKENS  # tokens laid out at a time

@@ -21,7 +21,7 @@ from refllm.kernels.packed.quantized import IntWeight
 from refllm.kernels.packed.simd import half_to_float
 from refllm.kernels.packed.threads import over_rows
 from refllm.kernels.packed.tile_kernels import TOKEN
-from refllm.kernels.packed.tiling import tiles_of
+from refllm.kernels.packed.tiled import tiles_of
 
 GROUP = 32
 ZERO = 8  # the code that means 0

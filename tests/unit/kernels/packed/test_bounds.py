@@ -14,7 +14,7 @@ from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
-from refllm.kernels.packed.tiling import tiles_of
+from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24
 
 PAGE, keep = mmap.PAGESIZE, []

@@ -14,7 +14,7 @@ from refllm.formats.bits import pack_bits
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, reference, simd
 from refllm.kernels.packed.records import CodeWeight, Sparse24
-from refllm.kernels.packed.tiling import form_of, tiles_of
+from refllm.kernels.packed.tiled import form_of, tiles_of
 from tests.unit.kernels.packed.test_fast import random_blocks
 from tests.unit.kernels.packed.test_tables import MANY_CASES, bound, check_product, code_weights, rounded, tokens_and
 from tests.unit.kernels.packed.test_tiling import int_weight

@@ -17,7 +17,7 @@ from refllm.kernels.packed.activations import dequantize_activations, quantize_a
 from refllm.kernels.packed.codes import DYNAMIC8, OWN, scale_shape, table_values
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, int8_rows, nvfp4
 from refllm.kernels.packed.records import CodeWeight, GGUFBlocks
-from refllm.kernels.packed.tiling import form_of, tiles_of
+from refllm.kernels.packed.tiled import form_of, tiles_of
 from tests.strategies import PROPERTY, activations, gamma
 from tests.unit.kernels.packed.test_fast import random_blocks
 

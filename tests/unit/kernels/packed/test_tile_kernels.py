@@ -23,7 +23,8 @@ from refllm.kernels.packed.activations import quantize_activations
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS
-from refllm.kernels.packed.tiling import Form, tiles_of
+from refllm.kernels.packed.tiled import tiles_of
+from refllm.kernels.packed.tiling import Form
 from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma
 from tests.unit.kernels.packed.test_tiling import GGUF, gguf_blocks, int_weight
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import tiling
+from refllm.kernels.packed import tiled
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight, LowRank
-from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, SUPER, tile_codes, tile_numbers, tiles_of, untile_codes
+from refllm.kernels.packed.tiled import tiles_of
+from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, SUPER, tile_codes, tile_numbers, untile_codes
 from tests.strategies import PROPERTY
 
 MANY = settings(PROPERTY, max_examples=200)
@@ -173,11 +174,11 @@ def test_which_groups_have_tiles():
     for group, columns in ((8, 96), (12, 96), (48, 96), (1, 32), (40, 80)):
         assert tiles_of(ones(SymmetricGrid(4, group), columns)) is None
         assert tiles_of(ones(AffineGrid(3, group), columns)) is None
-    assert tiling.form_of(LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32))) is None
+    assert tiled.form_of(LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32))) is None
 
 
 def test_rows_beyond_the_widest_have_no_tiles():
-    wide = tiling.MOST_COLUMNS + 8
+    wide = tiled.MOST_COLUMNS + 8
     codes = np.zeros((1, wide // 8), np.uint8).repeat(4, axis=1)
     weight = IntWeight(codes, np.ones((1, 1), np.float16), None, 4, -1, wide)
     assert tiles_of(weight) is None

@@ -1,0 +1,199 @@
+"""Records in tiles (tiling.py): which have them, and how they are made.
+
+A weight whose groups do not fall on blocks or halves of them has none, nor has a factored one: `tiles_of` gives None.
+"""
+
+from dataclasses import replace
+from math import gcd
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from refllm.formats.files import forget_pages
+from refllm.kernels.grids import PER_TENSOR, group_count
+from refllm.kernels.packed import code_tiles, tables
+from refllm.kernels.packed.codes import CodeWeight
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.sparse import Sparse24
+from refllm.kernels.packed.tiling import (
+    BLOCK,
+    PLANES,
+    ROWS,
+    Form,
+    Tiles,
+    tile_codes,
+    tile_floats,
+    tile_numbers,
+)
+
+MOST_COLUMNS = 1 << 20
+PART = 1 << 19  # weights tiled at a time
+
+_IQ4, _FP4, _BINARY = (tables.whole_bytes(name)[1] for name in ("IQ4", "FP4", "BINARY"))
+_GGUF = {  # type -> form; the fields of their layouts: q codes, d scale, m minimum, sc and mn levels
+    "Q4_0": Form(4, "half", offset=8),
+    "Q4_1": Form(4, "half", "minimum"),
+    "Q5_0": Form(5, "half", offset=16),
+    "Q5_1": Form(5, "half", "minimum"),
+    "Q8_0": Form(8, "half", offset=128),
+    "Q2_K": Form(2, "levels", "levels", parts=2),
+    "Q3_K": Form(3, "levels", offset=4, parts=2),
+    "Q4_K": Form(4, "levels", "levels"),
+    "Q5_K": Form(5, "levels", "levels"),
+    "Q6_K": Form(6, "levels", offset=32, parts=2),
+    "IQ4_NL": Form(4, "half", offset=_IQ4, table="IQ4"),
+    "IQ4_XS": Form(4, "levels", offset=_IQ4, table="IQ4"),
+    "MXFP4": Form(4, "power", offset=_FP4, table="FP4"),
+    "NVFP4": Form(4, "ue4m3", offset=_FP4, parts=2, table="FP4"),
+    "TQ1_0": Form(2, "half", offset=1),
+    "TQ2_0": Form(2, "half", offset=1),
+    "Q1_0": Form(1, "half", offset=_BINARY, table="BINARY"),
+    "Q2_0": Form(2, "half", offset=1),
+}
+
+
+def form_of(weight) -> Form | None:
+    """The form of a record's tiles, or None if it has none."""
+    if weight.shape[1] > MOST_COLUMNS:
+        return None
+    if isinstance(weight, GGUFBlocks):
+        return _GGUF.get(weight.type_name)
+    if isinstance(weight, CodeWeight):
+        return _code_form(weight)
+    if isinstance(weight, Sparse24):
+        return _pairs_form(weight)
+    return _int_form(weight) if isinstance(weight, IntWeight) else None
+
+
+def _pairs_form(weight: Sparse24) -> Form | None:
+    values = weight.values
+    if isinstance(values, np.ndarray):
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), pairs=True)
+    form = form_of(values)
+    if form is None or form.scale == "levels" or form.low not in ("constant", "zero"):
+        return None
+    return None if form.pairs else replace(form, pairs=True)
+
+
+def _int_form(weight: IntWeight) -> Form | None:
+    groups = group_count(weight.columns, weight.group_size)
+    two = groups > 1 and weight.columns == groups * (BLOCK // 2)
+    if weight.bits not in PLANES or (groups > 1 and weight.columns // groups % BLOCK and not two):
+        return None
+    scale, parts = "half" if weight.scale.dtype == np.float16 else "float", 2 if two else 1
+    if weight.zero_point is None:
+        return Form(weight.bits, scale, "constant", weight.grid.offset, parts)
+    return Form(weight.bits, scale, "zero", 0, parts)
+
+
+def _code_form(weight: CodeWeight) -> Form | None:
+    shared, scale = code_tiles.shared_columns(weight), code_tiles.scale_kind(weight)
+    whole = shared == weight.columns or shared % BLOCK == 0
+    if scale is None or (not whole and shared % (BLOCK // 2)):
+        return None
+    table, offset = tables.table_of(weight.table, weight.entries)
+    return Form(weight.bits, scale, "constant", offset, 1 if whole else 2, table)
+
+
+_made: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def tiles_of(weight) -> Tiles | None:
+    """The tiles of a record, made once and kept as long as it lives; None if it has none."""
+    if weight not in _made:
+        form = form_of(weight)
+        if form is None:
+            return None
+        _made[weight] = _tile(weight, form)
+    return _made[weight]
+
+
+def _tile(weight, form: Form) -> Tiles:
+    """Some rows at a time, so that no more than a few megabytes are needed beside the result."""
+    out, columns = weight.shape
+    step, made = max(1, PART // (columns * ROWS)) * ROWS, None
+    for start in range(0, out, step):
+        ids = slice(start, min(start + step, out))
+        parts = _arrays(weight, ids, form)
+        if isinstance(weight, GGUFBlocks):
+            forget_pages(weight.data[ids])  # of a file: they can be read again
+        if made is None:
+            tiles = -(-out // ROWS)
+            made = [None if part is None else np.empty((tiles, *part.shape[1:]), part.dtype) for part in parts]
+        for whole, part in zip(made, parts, strict=True):
+            if part is not None:
+                whole[start // ROWS : start // ROWS + len(part)] = part
+    codes, scale, low, tops, factor = made
+    values = None
+    if form.table in (tables.SIXTEEN, tables.MANY):
+        values = code_tiles.lookup_values(weight.values if form.pairs else weight)
+    per = codes.shape[1] * form.parts // scale.shape[1]
+    return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
+
+
+def _arrays(weight, ids: slice, form: Form) -> tuple:
+    """Codes, scale, low, tops and factor of some rows, tiled."""
+    if isinstance(weight, Sparse24):
+        codes, *rest = _arrays(weight.values, ids, form)
+        return np.concatenate([codes, tile_codes(weight.pairs(ids), 2)], axis=2), *rest
+    if isinstance(weight, np.ndarray):
+        return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None
+    return {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)](weight, ids, form)
+
+
+def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:
+    codes, (scale, zero) = weight.unpacked(ids), weight.scales(ids)
+    if weight.group_size == PER_TENSOR:
+        scale, zero = (np.broadcast_to(a, (len(codes), 1)) for a in (scale, zero))
+    if scale.shape[1] % form.parts:  # a block is half empty
+        scale, zero = (np.pad(a, ((0, 0), (0, 1))) for a in (scale, zero))
+    low = tile_numbers(zero.astype(np.uint8)) if form.low == "zero" else None
+    return tile_codes(codes, form.bits), tile_numbers(scale), low, None, None
+
+
+def _code_arrays(weight: CodeWeight, ids: slice, form: Form) -> tuple:
+    shared, blocks = code_tiles.shared_columns(weight), -(-weight.columns // BLOCK)
+    per = blocks if shared == weight.columns else gcd(shared // BLOCK, blocks) if form.parts == 1 else 1
+    scale = code_tiles.spread_scales(weight, form.scale, BLOCK // form.parts * per, ids)
+    scale = np.pad(scale, ((0, 0), (0, blocks * form.parts // per - scale.shape[1])))
+    codes = weight.unpacked(ids)
+    if form.offset:  # two's complement: the offset makes them unsigned
+        codes ^= np.uint8(form.offset)
+    factor = _factor(len(codes), code_tiles.row_factor(weight)) if form.scale == "ue4m3" else None
+    return tile_codes(codes, form.bits), tile_numbers(scale), None, None, factor
+
+
+def _factor(rows: int, value: float) -> np.ndarray:
+    """One number for every row: (tiles, 16) float32."""
+    return np.full((-(-rows // ROWS), ROWS), value, np.float32)
+
+
+def _gguf_arrays(weight: GGUFBlocks, ids: slice, form: Form) -> tuple:
+    data = weight.data[ids]
+    out = len(data)
+    fields = weight.layout.layout.unpack(data.reshape(out, -1, weight.layout.bytes_per_block))
+    row = lambda name: fields[name].reshape(out, -1)
+    if "first" in fields:  # TQ1_0
+        fields["q"] = np.concatenate([fields[name] for name in ("first", "second", "last")], axis=-1)
+    codes = row("q")
+    if codes.dtype == np.int8:  # stored in two's complement: the offset makes them unsigned
+        codes = codes.view(np.uint8) ^ np.uint8(form.offset)
+    codes = tile_codes(codes, form.bits)
+    if form.scale == "ue4m3":  # the top bit means nothing, and 0x7F means 0; the table holds doubled values
+        scale = np.where(row("d") == 0x7F, 0, row("d") & 0x7F).astype(np.uint8)
+        return codes, tile_numbers(scale), None, None, _factor(out, 0.5)
+    if form.scale != "levels":
+        scale = row("e" if form.scale == "power" else "d")
+        return codes, tile_numbers(scale), tile_numbers(row("m")) if form.low == "minimum" else None, None, None
+    level = lambda name: (
+        row(name)
+        if name in fields
+        else np.concatenate([fields[f"{name}_low"], fields[f"{name}_high"]], axis=-1).reshape(out, -1)
+    )
+    sc = level("sc")
+    if form.low == "constant" and sc.dtype == np.uint8:  # Q3_K and IQ4_XS store their levels with an offset
+        sc = sc.astype(np.int8) - np.int8(32)
+    names = ("d", "dmin") if form.low == "levels" else ("d",)
+    tops = np.stack([tile_numbers(row(name)) for name in names], axis=2)
+    low = tile_numbers(level("mn")) if form.low == "levels" else None
+    return codes, tile_numbers(sc.astype(np.int8)), low, np.ascontiguousarray(tops), None
