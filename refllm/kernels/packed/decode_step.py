@@ -32,6 +32,7 @@ from refllm.kernels.packed.lanes import (
     store_float,
     store_floats,
     store_four_sums,
+    store_tokens,
     times,
     word,
     zeros,
@@ -92,7 +93,10 @@ def norm(x, count, gain, eps, out, padded):
 @register_jitable
 def copy(x, count, out):
     """out = x."""
-    for i in range(count):
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        store_floats(out + 4 * i, load_floats(x + 4 * i))
+    for i in range(whole, count):
         store_float(out + 4 * i, load_float(x + 4 * i))
 
 
@@ -166,18 +170,19 @@ def soften(scores, count, cap):
 
 @register_jitable
 def add_values(shares, values, count, dim, out):
-    """out += sum over i of shares[i] * value i."""
-    whole = dim // 16 * 16
-    for c in range(0, whole, 16):
-        even, odd = load_floats(out + 4 * c), every(0)
-        for i in range(0, count - 1, 2):
-            at = values + 4 * (dim * i + c)
-            even = fma(splat(load_float(shares + 4 * i)), load_floats(at), even)
-            odd = fma(splat(load_float(shares + 4 * i + 4)), load_floats(at + 4 * dim), odd)
-        if count % 2:
-            last = values + 4 * (dim * (count - 1) + c)
-            even = fma(splat(load_float(shares + 4 * count - 4)), load_floats(last), even)
-        store_floats(out + 4 * c, plus(even, odd))
+    """out += sum over i of shares[i] * value i, 64 columns at a time: four sums that do not wait for each other."""
+    fours, whole = dim // 64 * 64, dim // 16 * 16
+    for c in range(0, fours, 64):
+        total = load_apart(out + 4 * c, 64, 4)
+        for i in range(count):
+            share = splat(load_float(shares + 4 * i))
+            total = fma(load_apart(values + 4 * (dim * i + c), 64, 4), share, total)
+        store_tokens(out + 4 * c, 64, total)
+    for c in range(fours, whole, 16):
+        one = load_floats(out + 4 * c)
+        for i in range(count):
+            one = fma(load_floats(values + 4 * (dim * i + c)), splat(load_float(shares + 4 * i)), one)
+        store_floats(out + 4 * c, one)
     for c in range(whole, dim):
         rest = load_float(out + 4 * c)
         for i in range(count):
@@ -188,14 +193,20 @@ def add_values(shares, values, count, dim, out):
 @register_jitable
 def fill(out, count, value):
     """out = value."""
-    for i in range(count):
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        store_floats(out + 4 * i, splat(value))
+    for i in range(whole, count):
         store_float(out + 4 * i, value)
 
 
 @register_jitable
 def shrink(out, count, divisor):
     """out /= divisor."""
-    for i in range(count):
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        store_floats(out + 4 * i, divide(load_floats(out + 4 * i), splat(divisor)))
+    for i in range(whole, count):
         store_float(out + 4 * i, load_float(out + 4 * i) / divisor)
 
 
