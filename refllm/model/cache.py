@@ -59,9 +59,11 @@ class DenseStore:
 
     def claim(self, positions):
         """Count tokens that have been written behind the others, in the arrays of `reserve`."""
-        end = self.length + len(positions)
-        self._positions[self.length : end] = positions
-        self.length = end
+        start, self.length = self.length, self.length + len(positions)
+        if len(positions) == 1:  # thirty layers, each token: a slice would cost more than everything else here
+            self._positions[start] = positions[0]
+        else:
+            self._positions[start : self.length] = positions
 
     def truncate(self, length):
         """Forget the tokens at positions >= length (a rejected draft); positions are appended in order."""

@@ -21,6 +21,7 @@ from refllm.model.model import Model
 LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 FIELDS = tuple(name.split(".")[1] for name in LINEARS)  # their names in a layer's record
 EMBEDDING = "model.embed_tokens.weight"
+AHEAD = 128  # positions whose rotations are computed at once
 CHUNK = 576  # tokens of a prompt at once: their activations take a few megabytes
 
 
@@ -73,6 +74,7 @@ class Compiled:
     """Addresses of everything a token meets, and the arrays they point into."""
 
     def __init__(self, model: Model, cache: KVCache):
+        from refllm.kernels.packed.fast import decoder
         from refllm.kernels.packed.plan import HEAD
         from refllm.kernels.packed.team import new_meeting
 
@@ -96,10 +98,13 @@ class Compiled:
         self._logits = np.zeros(_padded(config.vocab_size), np.float32)
         self._buffers["logits"] = self._address(self._logits)
         ropes = dict.fromkeys(config.layer_rope(layer) for layer in range(config.num_layers))
+        self._ahead: dict = {}  # rope -> position of the first, and its table
         self._rotations = {rope: np.zeros((2, CHUNK, config.head_dim // 2), np.float32) for rope in ropes}
         self._layers = np.concatenate([self._layer(layer) for layer in range(config.num_layers)])
         name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
         self._head = np.array([(self._gain("model.norm.weight"), self._linear(name, 1))], HEAD)
+        embedding = model.weights[EMBEDDING]
+        self._decode_row = decoder(embedding) if is_record(embedding) else None
         self._many: tuple | None = None  # what prefill needs beside: tokens, x, buffers, layers
         self._known: list = []
         self._own = np.empty(0, np.uint8)
@@ -151,8 +156,12 @@ class Compiled:
     def _embed(self, ids: np.ndarray, x: np.ndarray) -> None:
         """Token vectors into the first columns of x."""
         hidden = x[: len(ids), : self.model.config.hidden_size]
-        hidden[:] = rows(self.model.weights[EMBEDDING], ids)
-        hidden *= np.float32(self.model.config.embedding_scale)
+        if self._decode_row is not None and len(ids) == 1:
+            self._decode_row(int(ids[0]), int(ids[0]) + 1, hidden)
+        else:
+            hidden[:] = rows(self.model.weights[EMBEDDING], ids)
+        if self.model.config.embedding_scale != 1:
+            hidden *= np.float32(self.model.config.embedding_scale)
 
     def _make_many(self, tokens: int) -> tuple:
         """Buffers for so many tokens, and the layers' records with the kernels for many."""
@@ -184,7 +193,7 @@ class Compiled:
         """Rotations of the next tokens, room for them in every store, and the addresses of arrays that have moved."""
         config, stores = self.model.config, self.cache.stores
         for rope, rotation in self._rotations.items():
-            rotation[:, :tokens] = cos_sin(rope, config.head_dim, np.arange(position, position + tokens), np.float32)
+            rotation[:, :tokens] = self._angles(rope, position, tokens)
         for store in stores:
             store.truncate(position)
         moved = not self._known or any(s.keys is not k for s, k in zip(stores, self._known, strict=True))
@@ -194,6 +203,15 @@ class Compiled:
                 keys, values = store.reserve(position + tokens, none, none)
                 layer["keys"], layer["values"], layer["room"] = keys.ctypes.data, values.ctypes.data, keys.shape[-2]
             self._known = [store.keys for store in stores]
+
+    def _angles(self, rope, position: int, tokens: int) -> np.ndarray:
+        """cos and sin (2, tokens, head_dim / 2) of the next tokens, from a table of some more than were asked for."""
+        first, table = self._ahead.get(rope, (0, np.empty((2, 0, 0))))
+        if not first <= position <= position + tokens <= first + table.shape[1]:
+            first, positions = position, np.arange(position, position + max(tokens, AHEAD))
+            table = np.stack(cos_sin(rope, self.model.config.head_dim, positions, np.float32))
+            self._ahead[rope] = first, table
+        return table[:, position - first : position - first + tokens]
 
     def _run(self, kernel, arguments: tuple, each: int, rest: tuple, tokens: int) -> None:
         """The kernel on a team; every member gets `each` bytes of its own."""
