@@ -118,6 +118,12 @@ splat_at = _loader(Floats, F32, lambda b, v: emit_splat(b, v))
 
 
 @intrinsic
+def load_whole(typing, address):
+    """One unsigned 32-bit integer."""
+    return types.intp(types.intp), lambda context, b, sig, args: b.zext(emit_load(b, args[0], 0, I32), I64)
+
+
+@intrinsic
 def load_powers(typing, address):
     """2^(e - 128) for sixteen bytes e below 255: the exponent of a float32, or one of its last two subnormals."""
 

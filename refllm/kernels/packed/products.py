@@ -221,7 +221,7 @@ def float_products(form: Form, part: int, parts: int, n: int):
     """
     quads, kind = _quads(part, parts), several(Floats, n)
 
-    activations = _picked_floats if form.pairs else _repeated_floats
+    activations = _picked_floats if form.sparse == "pairs" else _repeated_floats
 
     @intrinsic
     def sums_of_products(typing, codes, x, zero, table):
@@ -293,6 +293,54 @@ def picked_products(form: Form, part: int, n: int):
         return kind(types.intp, types.intp, zero), generate
 
     return sums_of_products
+
+
+@cache
+def kept_products(form: Form, n: int):
+    """A word for bitmasks: sums of value * x over a block, in two sums as float_products has them.
+
+    Its arguments are the addresses of the block's masks, of n times 32 floats and of the block's first value. Sixteen
+    values behind the last one must be readable.
+    """
+    kind = several(Floats, n)
+
+    @intrinsic
+    def sums_of_products(typing, masks, x, values):
+        def generate(context, b, sig, args):
+            masks, x, place = args
+            sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(n)]
+            for column in range(BLOCK):
+                mask = emit_load(b, masks, 2 * column, I16)
+                number, place = _expand(b, form.table == tables.HALF, mask, place)
+                for i in range(n):
+                    each = emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + column), F32))
+                    sums[i][column % 2] = emit_fma(b, number, each, sums[i][column % 2])
+            return emit_join(b, kind, [b.fadd(*pair) for pair in sums])
+
+        return kind(types.intp, types.intp, types.intp), generate
+
+    return sums_of_products
+
+
+def _expand(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Consecutive values in the lanes of a mask, zeros in the others; and the address behind them."""
+    stored, zero = (I16, 0) if half else (F32, 0.0)
+    widen = (lambda value: emit_half_to_float(b, value)) if half else lambda value: value
+    size = ir.Constant(place.type, 2 if half else 4)
+    if "+avx512f" in target_features():
+        count = b.call(_function(b, "llvm.ctpop.i16", I16, I16), [mask])
+        bits = b.bitcast(mask, ir.VectorType(ir.IntType(1), LANES))
+        call = _function(b, "llvm.x86.avx512.mask.expand.v16f32", Floats.llvm, Floats.llvm, Floats.llvm, bits.type)
+        numbers = widen(emit_load(b, place, 0, ir.VectorType(stored, LANES)))
+        number = b.call(call, [numbers, constant(Floats.llvm, 0.0), bits])
+        return number, b.add(place, b.mul(b.zext(count, place.type), size))
+    vector = constant(ir.VectorType(stored, LANES), zero)
+    for lane in range(LANES):
+        kept = b.trunc(b.lshr(mask, I16(lane)), ir.IntType(1))
+        value = b.select(kept, emit_load(b, place, 0, stored), stored(zero))
+        vector = b.insert_element(vector, value, I32(lane))
+        place = b.add(place, b.select(kept, size, ir.Constant(place.type, 0)))
+    return widen(vector), place
 
 
 def _pick_bytes(b: ir.IRBuilder, eight: ir.Value, index: ir.Value) -> ir.Value:

@@ -32,6 +32,7 @@ from refllm.kernels.packed.lanes import (
     load_signed,
     load_ue4m3,
     load_unsigned,
+    load_whole,
     magnitude,
     minus_product,
     nearest,
@@ -47,7 +48,13 @@ from refllm.kernels.packed.lanes import (
     word,
     zeros,
 )
-from refllm.kernels.packed.products import float_products, integer_products, picked_products, sixteen_in_registers
+from refllm.kernels.packed.products import (
+    float_products,
+    integer_products,
+    kept_products,
+    picked_products,
+    sixteen_in_registers,
+)
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tables import MANY, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
@@ -63,7 +70,7 @@ SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_po
 
 def _begins(form: Form, integers: bool) -> bool:
     """Whether the sums of a product begin with -offset * (sum of x), so that a constant zero costs nothing."""
-    return integers and form.low == "constant" and form.offset > 0 and not form.pairs
+    return integers and form.low == "constant" and form.offset > 0 and form.sparse != "pairs"
 
 
 def laid_kind(form: Form, kind: int) -> int:
@@ -73,7 +80,7 @@ def laid_kind(form: Form, kind: int) -> int:
 
 def _products(form: Form, integers: bool, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
-    if form.pairs:
+    if form.sparse == "pairs":
         return _picked_products(form, integers, n, part)
     parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
@@ -143,7 +150,10 @@ def product_text(form: Form, integers: bool, n: int):
     """
     if form.scale == "levels":
         return _levels_text(form, integers, n)
-    offset, block_bytes, parts, two, pairs = form.offset, form.block_bytes, form.parts, form.parts == 2, form.pairs
+    if form.sparse == "bitmask":
+        return _bitmask_text(form, n)
+    offset, block_bytes, parts = form.offset, form.block_bytes, form.parts
+    two, pairs = parts == 2, form.sparse == "pairs"
     (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
     scale_bytes, low_bytes, factor = ROWS * width, ROWS * (2 if minimum else 1), form.scale == "ue4m3"
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
@@ -237,6 +247,27 @@ def _levels_text(form: Form, integers: bool, n: int):
                             at += level_bytes
                             under += level_bytes
                         top += top_bytes
+                    store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _bitmask_text(form: Form, n: int):
+    """product_text where a bitmask says which values are kept; those of a block lie one after another."""
+    mask_bytes, value_bytes, x_bytes, products = form.block_bytes, form.bits // 8, n * BLOCK * 4, kept_products(form, n)
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        masks, starts, blocks, values = word(weight, 0), word(weight, 1), word(weight, 4), word(weight, 6)
+        for start in range(0, panels, PANELS):
+            for tile in range(first, last):
+                for panel in range(start, min(start + PANELS, panels)):
+                    total = zeros(n)
+                    mask, some = masks + tile * blocks * mask_bytes, x + panel * blocks * x_bytes
+                    for block in range(blocks):
+                        begin = values + value_bytes * load_whole(starts + 4 * (tile * blocks + block))
+                        total = plus(total, products(mask, some, begin))
+                        mask += mask_bytes
+                        some += x_bytes
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
     return tile_product

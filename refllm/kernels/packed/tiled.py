@@ -9,12 +9,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from refllm.formats.bits import unpack_bits
 from refllm.formats.files import forget_pages
 from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
 from refllm.kernels.packed.codes import CodeWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.sparse import Sparse24
+from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.tiling import (
     BLOCK,
     PLANES,
@@ -62,17 +63,20 @@ def form_of(weight) -> Form | None:
         return _code_form(weight)
     if isinstance(weight, Sparse24):
         return _pairs_form(weight)
+    if isinstance(weight, SparseBitmask) and isinstance(weight.values, np.ndarray):
+        dtype = weight.values.dtype
+        return Form(8 * dtype.itemsize, "none", table=tables.of_floats(dtype), sparse="bitmask")
     return _int_form(weight) if isinstance(weight, IntWeight) else None
 
 
 def _pairs_form(weight: Sparse24) -> Form | None:
     values = weight.values
     if isinstance(values, np.ndarray):
-        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), pairs=True)
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), sparse="pairs")
     form = form_of(values)
     if form is None or form.scale == "levels" or form.low not in ("constant", "zero"):
         return None
-    return None if form.pairs else replace(form, pairs=True)
+    return None if form.sparse else replace(form, sparse="pairs")
 
 
 def _int_form(weight: IntWeight) -> Form | None:
@@ -104,31 +108,56 @@ def tiles_of(weight) -> Tiles | None:
         form = form_of(weight)
         if form is None:
             return None
-        _made[weight] = _tile(weight, form)
+        _made[weight] = (_tile_bitmask if form.sparse == "bitmask" else _tile)(weight, form)
     return _made[weight]
 
 
 def _tile(weight, form: Form) -> Tiles:
-    """Some rows at a time, so that no more than a few megabytes are needed beside the result."""
-    out, columns = weight.shape
-    step, made = max(1, PART // (columns * ROWS)) * ROWS, None
-    for start in range(0, out, step):
-        ids = slice(start, min(start + step, out))
+    made = None
+    for ids in _row_parts(weight.shape):
         parts = _arrays(weight, ids, form)
         if isinstance(weight, GGUFBlocks):
             forget_pages(weight.data[ids])  # of a file: they can be read again
         if made is None:
-            tiles = -(-out // ROWS)
+            tiles = -(-weight.shape[0] // ROWS)
             made = [None if part is None else np.empty((tiles, *part.shape[1:]), part.dtype) for part in parts]
         for whole, part in zip(made, parts, strict=True):
             if part is not None:
-                whole[start // ROWS : start // ROWS + len(part)] = part
+                whole[ids.start // ROWS : ids.start // ROWS + len(part)] = part
     codes, scale, low, tops, factor = made
     values = None
     if form.table in (tables.SIXTEEN, tables.MANY):
-        values = code_tiles.lookup_values(weight.values if form.pairs else weight)
+        values = code_tiles.lookup_values(weight.values if form.sparse else weight)
     per = codes.shape[1] * form.parts // scale.shape[1]
     return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
+
+
+def _row_parts(shape: tuple[int, int]) -> list[slice]:
+    """Whole tiles of rows, some at a time, so that no more than a few megabytes are needed beside the result."""
+    out, columns = shape
+    step = max(1, PART // (columns * ROWS)) * ROWS
+    return [slice(start, min(start + step, out)) for start in range(0, out, step)]
+
+
+def _tile_bitmask(weight: SparseBitmask, form: Form) -> Tiles:
+    columns, blocks = weight.columns, -(-weight.columns // BLOCK)
+    masks, counts, values = [], [], []
+    for ids in _row_parts(weight.shape):
+        kept = unpack_bits(weight.bitmask[ids], 1, columns).astype(bool)
+        first = int(weight.row_offsets[ids.start])
+        numbers = np.zeros(kept.shape, weight.values.dtype)
+        numbers[kept] = weight.values[first : first + int(kept.sum())]
+        edges = (0, -len(kept) % ROWS), (0, -columns % BLOCK)
+        kept, numbers = (
+            np.pad(a, edges).reshape(-1, ROWS, blocks, BLOCK).transpose(0, 2, 3, 1) for a in (kept, numbers)
+        )  # [tile, block, column, row]
+        masks.append(np.packbits(kept, axis=-1, bitorder="little").reshape(*kept.shape[:2], -1))
+        counts.append(kept.sum(axis=(2, 3)))
+        values.append(numbers[kept])
+    counts = np.concatenate(counts)
+    starts = (np.cumsum(counts) - counts.ravel()).astype(np.uint32).reshape(counts.shape)
+    spare = np.zeros(ROWS, weight.values.dtype)  # a kernel reads sixteen values at once
+    return Tiles(form, np.concatenate(masks), starts, None, None, weight.shape, 1, np.concatenate([*values, spare]))
 
 
 def _arrays(weight, ids: slice, form: Form) -> tuple:

@@ -53,9 +53,11 @@ class Form:
         Scales of a block: 1, or 2 where 16 columns share one.
     table : str
         A name of tables.py; "" where codes are numbers.
-    pairs : bool
-        2:4: what stands here of columns is said of the kept half of them; behind the codes of 32 kept columns lie their
-        places among four, as codes of 2 bits.
+    sparse : str
+        "" nothing is left out. "pairs" (2:4): what stands here of columns is said of the kept half of them; behind the
+        codes of 32 kept columns lie their places among four, as codes of 2 bits. "bitmask": a block is 32 masks of
+        16 bits, the rows kept of each column; `scale` says where in `values` the block's numbers begin, which lie
+        column by column.
     """
 
     bits: int
@@ -64,7 +66,7 @@ class Form:
     offset: int = 0
     parts: int = 1
     table: str = ""
-    pairs: bool = False
+    sparse: str = ""
 
     @property
     def width(self) -> int:
@@ -84,13 +86,15 @@ class Form:
     @property
     def block_bytes(self) -> int:
         """Bytes from block to block."""
-        return self.code_bytes + (ROWS * BLOCK // 4 if self.pairs else 0)
+        if self.sparse == "bitmask":
+            return ROWS * BLOCK // 8
+        return self.code_bytes + (ROWS * BLOCK // 4 if self.sparse == "pairs" else 0)
 
     @property
     def key(self) -> str:
         """A name for file names."""
         key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
-        return "_".join([key, *filter(None, (self.table, "pairs" * self.pairs))])
+        return "_".join([key, *filter(None, (self.table, self.sparse))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +105,7 @@ class Tiles:
     ----------
     form : Form
     codes : (tiles, blocks, block_bytes) uint8
-    scale : (tiles, groups, 16) float16 or float32; levels: int8; power and ue4m3: uint8
+    scale : (tiles, groups, 16) float16 or float32; levels: int8; power and ue4m3: uint8; bitmask: see Form
         Two groups a block where form.parts is 2.
     low : the same for zero points (uint8) or minima (float16), or None
     tops : (tiles, columns / 256, 1 or 2, 16) float16, or None
@@ -109,8 +113,8 @@ class Tiles:
     shape : (out, in)
     per : int
         Blocks that share a scale.
-    values : (16 or 256,) float32, or None
-        The table where it is one of floats.
+    values : (16 or 256,) float32, or (kept + 16,) float16 or float32, or None
+        The table where it is one of floats; the numbers beside a bitmask, and some behind them that may be read.
     factor : (tiles, 16) float32, or None
         What a row's product is multiplied with in the end, beside ue4m3 scales.
     """

@@ -15,7 +15,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
-from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24
+from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -77,6 +77,9 @@ for columns in (32, 36, 96):
     packed = IntWeight.pack(grid, grid.encode(values, *grid.fit(values)), *grid.fit(values))
     for stored in (values.copy(), values.astype(np.float16), packed):
         check_tiles(Sparse24(stored, indices, columns), W[:, :columns])
+for dtype in ("float16", "float32"):
+    for columns in (1, 37, 96):
+        check_tiles(SparseBitmask.compress(W[:, :columns], rng.random((19, columns)) < 0.5, dtype), W[:, :columns])
 if MUST_CRASH:
     np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
 print("read nothing else")

@@ -1,4 +1,4 @@
-"""Products of sparse weights that never become dense rows: 2:4 in tiles, against the records' own numbers."""
+"""Products of sparse weights that never become dense rows, against the records' own numbers: 2:4 and bitmasks."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refllm.formats.bits import pack_bits
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, reference, simd
-from refllm.kernels.packed.records import CodeWeight, Sparse24
+from refllm.kernels.packed.records import CodeWeight, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from tests.unit.kernels.packed.test_fast import random_blocks
 from tests.unit.kernels.packed.test_tables import MANY_CASES, bound, check_product, code_weights, rounded, tokens_and
@@ -53,7 +53,7 @@ def two_of_four(draw, values, columns):
 def test_2_4_within_the_bound(values, data, columns):
     weight = data.draw(two_of_four(values, columns))
     x = data.draw(tokens_and(columns))
-    assert tiles_of(weight).form.pairs
+    assert tiles_of(weight).form.sparse == "pairs"
     with np.errstate(all="ignore"):
         W = weight.dense()
     largest = float(np.abs(W).max())
@@ -123,6 +123,75 @@ def test_2_4_the_same_bits_with_any_number_of_threads(monkeypatch):
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
+@st.composite
+def bitmasks(draw, dtype):
+    """Any rows and columns; of each row nothing, some, all or only its ends kept."""
+    rows, columns = draw(st.integers(1, 35)), draw(st.integers(1, 100))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    W = rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-7, 4, (rows, 1))
+    W[rng.random(W.shape) < 0.1] = -0.0
+    mask = rng.random(W.shape) < rng.choice([0, 0.1, 0.5, 0.9, 1], (rows, 1))
+    mask[draw(st.integers(0, rows - 1))] = np.arange(columns) % max(1, columns - 1) == 0
+    return SparseBitmask.compress(W, mask, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@MANY_CASES
+@given(data=st.data())
+def test_bitmask_within_the_bound(dtype, data):
+    weight = data.draw(bitmasks(dtype))
+    W = weight.dense()
+    check_product(lambda x: fast.matmul_float(x, weight), data.draw(tokens_and(weight.columns)), W, 1.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@MANY_CASES
+@given(data=st.data())
+def test_bitmask_tiles_hold_the_weight(dtype, data):
+    weight = data.draw(bitmasks(dtype))
+    tiles, (out, columns) = tiles_of(weight), weight.shape
+    assert tiles.values.dtype == dtype and tiles.values.size == weight.values.size + 16
+    W = np.zeros((len(tiles.codes) * 16, tiles.blocks * 32), np.float32)
+    for tile, block in np.ndindex(tiles.scale.shape):
+        at = int(tiles.scale[tile, block])
+        masks = tiles.codes[tile, block].view(np.uint16)  # of the rows, one a column
+        for column, row in np.argwhere(masks[:, None] >> np.arange(16) & 1):
+            W[16 * tile + row, 32 * block + column] = tiles.values[at]
+            at += 1
+    assert np.array_equal(W[:out, :columns], weight.dense())
+    assert not W[out:].any() and not W[:, columns:].any()
+
+
+def check_bitmask(rows=17, columns=70):
+    rng = np.random.default_rng(0)
+    W, x = rng.integers(-9, 10, (rows, columns)).astype(np.float32), rng.integers(-99, 99, (13, columns))
+    for dtype in FLOATS:
+        weight = SparseBitmask.compress(W, rng.random(W.shape) < 0.4, dtype)
+        exact = x @ weight.dense().T.astype(np.int64)
+        for tokens in (1, 13):
+            assert np.array_equal(fast.matmul_float(x[:tokens].astype(np.float32), weight), exact[:tokens])
+
+
+def test_bitmask_whole_numbers_are_exact():
+    check_bitmask()
+
+
+def test_bitmask_poison_and_threads(monkeypatch):
+    monkeypatch.setattr("refllm.kernels.packed.threads.MINIMUM_WORK", 1)
+    rng = np.random.default_rng(0)
+    weight = SparseBitmask.compress(rng.standard_normal((100, 96)), rng.random((100, 96)) < 0.3)
+    x = rng.standard_normal((30, 96), np.float32)
+    clean = fast.matmul_float(x, weight)
+    for threads in ("1", "3"):
+        monkeypatch.setenv("REFLLM_THREADS", threads)
+        assert np.array_equal(fast.matmul_float(x, weight), clean)
+    for bad in (np.nan, np.inf):
+        spoilt = x.copy()
+        spoilt[1, 37] = bad
+        y = fast.matmul_float(spoilt, weight)
+        assert not np.isfinite(y[1]).any() and np.array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
+
+
 def test_values_without_tiles_are_decoded():
     weight = whole("S4", 5, 96, 0)
     plain = CodeWeight.pack(np.ones((5, 48), np.uint8), np.ones((1, 10), np.float32), "NF4", (0, 24))
@@ -140,9 +209,10 @@ from tests.unit.kernels.packed.test_sparse_kernels import *
 from tests.unit.kernels.packed.test_tables import *
 from refllm.kernels.packed import products
 assert products.byte_shuffle() == SHUFFLE
+check_bitmask()
 for name in ("S4", "A8"):
     check_whole_numbers(name, 17, 100, 0, False)
-for name in ("IQ4_XS", "NVFP4", "Q1_0"):
+for name in ("IQ4_NL", "Q1_0"):
     test_whole_numbers_are_exact.hypothesis.inner_test(name, 17, 1, 0, False)
 rng = np.random.default_rng(0)
 W, x = rng.standard_normal((17, 96)).astype(np.float32), rng.standard_normal((13, 96), np.float32)
