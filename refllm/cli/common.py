@@ -109,12 +109,14 @@ def add_calibration(parser) -> None:
 
 
 def add_activations(parser) -> None:
-    """--activations float32 or int8."""
+    """--activations float32, int8 or int4."""
+    from refllm.kernels.packed import ACTIVATIONS
+
     parser.add_argument(
         "--activations",
-        choices=("float32", "int8"),
+        choices=ACTIVATIONS,
         default="float32",
-        help="arithmetic of packed weights: exact, or fast with inputs rounded to 8 bits",
+        help="arithmetic of packed weights: exact, or fast with inputs rounded to 8 bits; or to 4, as fast and coarser",
     )
 
 

@@ -68,7 +68,7 @@ class Setting:
     window : int
     prompt_tokens, new_tokens, repeats : int
         Of the measurement of speed: the first tokens of the text are the prompt.
-    activations : "float32" or "int8"
+    activations : "float32", "int8" or "int4"
     threads : int or None
         Of NumPy and the kernels in the measuring processes; None leaves both to themselves.
     starts : tuple of int

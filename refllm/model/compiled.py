@@ -11,7 +11,7 @@ side.
 
 import numpy as np
 
-from refllm.kernels.packed import backend, has_codes, rows
+from refllm.kernels.packed import BITS, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
 from refllm.kernels.rope import cos_sin
@@ -259,7 +259,7 @@ class Compiled:
         """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias."""
         from refllm.kernels.packed.decode_step import dense_address
         from refllm.kernels.packed.quantized import GGUFBlocks
-        from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, laid_kind, product_address
+        from refllm.kernels.packed.tile_kernels import FLOAT, laid_kind, product_address, rounded_kind
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
 
@@ -272,8 +272,8 @@ class Compiled:
             table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
             return self._address(table), dense_address(), FLOAT, tiles, bias
         made, kind = tiles_of(weight), FLOAT
-        if self.model.runtime.activations == "int8" and has_codes(weight):
-            kind = BLOCKS if isinstance(weight, GGUFBlocks) else TOKEN
+        if self.model.runtime.activations in BITS and has_codes(weight):
+            kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[self.model.runtime.activations])
         self._kept.append(made)
         kernel = product_address(made.form, kind != FLOAT, n)
         return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias

@@ -173,7 +173,7 @@ def block(
 def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callable | None) -> list[np.ndarray]:
     """The products of one input with several weights, each with its bias where the checkpoint has one.
 
-    `model.runtime.activations` is float32, or int8: weights stored as codes then meet inputs of 8 bits.
+    `model.runtime.activations` is float32, or int8 or int4: weights stored as codes then meet inputs of so many bits.
     """
     names = tuple(name + ".weight" for name in names)
     if observe is not None:

@@ -16,7 +16,7 @@ class Runtime:
         Same call as `refllm.kernels.attention.attend`.
     cache_policy : callable, optional
         `policy(layer) -> store`, see `refllm.model.cache`.
-    activations : "float32" or "int8"
+    activations : "float32", "int8" or "int4"
         How `matmul` treats the activations of packed weights.
     generate : callable, optional
         Same call as `refllm.model.sample.generate_ids`: speculative decoding and its kin.

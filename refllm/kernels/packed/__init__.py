@@ -16,7 +16,8 @@ from refllm.kernels.packed.encode import encode_gguf as encode_gguf
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.records import LowRank, Record, Reordered, Sparse24, SparseBitmask, is_record
 
-ACTIVATIONS = ("float32", "int8")
+BITS = {"int8": 8, "int4": 4}  # of rounded activations
+ACTIVATIONS = ("float32", *BITS)
 BACKENDS = ("numba", "numpy")
 
 
@@ -29,7 +30,7 @@ def backend() -> str:
 
 
 def has_codes(weight: object) -> bool:
-    """Whether a weight is stored as codes, so that int8 activations apply to it."""
+    """Whether a weight is stored as codes, so that rounded activations apply to it."""
     if isinstance(weight, Reordered):
         return has_codes(weight.weight)
     inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask)) else weight
@@ -44,9 +45,9 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     x : (..., in) float32 or float64
     weight : (out, in) array or record
     activations : str
-        float32, or int8: x is rounded to int8 with one scale per token (per 32 columns beside GGUF blocks) wherever the
-        weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float activations; the
-        factors of a LowRank count one by one.
+        float32, or int8 or int4: x is rounded to 8 or 4 bits with one scale per token (per 32 columns beside GGUF
+        blocks) wherever the weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float
+        activations; the factors of a LowRank count one by one.
 
     Returns
     -------
@@ -55,7 +56,7 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     Raises
     ------
     ValueError
-        The widths differ, or activations is neither of the two.
+        The widths differ, or activations is none of the three.
 
     Examples
     --------
@@ -76,11 +77,11 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
     flat = x.reshape(-1, x.shape[-1])
-    rounded = activations == "int8" and has_codes(weight)
+    bits = BITS.get(activations) if has_codes(weight) else None
     text = reference
     if x.dtype == np.float32 and backend() == "numba":
         from refllm.kernels.packed import fast as text  # imports numba: a dense model does without
-    y = text.matmul_int8(flat, weight) if rounded else text.matmul_float(flat, weight)
+    y = text.matmul_float(flat, weight) if bits is None else text.matmul_rounded(flat, weight, bits)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

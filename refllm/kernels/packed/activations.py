@@ -1,10 +1,10 @@
-"""Int8 activations: one symmetric scale per token, or per block of columns."""
+"""Rounded activations, int8 or int4: one symmetric scale per token, or per block of columns."""
 
 import numpy as np
 
 
-def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Round activations to int8: q = clip(rint(x / scale), -127, 127), scale = amax / 127.
+def quantize_activations(x: np.ndarray, block: int = 0, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Round activations to int8: q = clip(rint(x / scale), -127, 127), scale = amax / 127; to int4 with 7 for 127.
 
     Dynamic: the scale comes from the values themselves. An all-zero block has scale 0 and codes 0; a block that holds
     NaN or Inf keeps a scale that is not finite, so its products come out as NaN and are not mistaken for numbers.
@@ -14,6 +14,8 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
     x : (tokens, in) float32
     block : int
         Columns per scale; 0 = the whole row (one scale per token).
+    bits : int
+        8, or fewer: codes reach from -(2^(bits-1) - 1) to 2^(bits-1) - 1.
 
     Returns
     -------
@@ -23,7 +25,7 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
     References
     ----------
     Per token: Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, section 4.1. Blocks of 32: GGML's Q8_0, here with a
-    float32 scale and half-to-even rounding.
+    float32 scale and half-to-even rounding. 4 bits per token: Ashkboos et al. 2024, "QuaRot", arXiv:2404.00456.
 
     Examples
     --------
@@ -34,11 +36,12 @@ def quantize_activations(x: np.ndarray, block: int = 0) -> tuple[np.ndarray, np.
     tokens, columns = x.shape
     width = block or columns
     blocks = x.reshape(tokens, columns // width, width)
-    scale = np.abs(blocks).max(axis=-1) / np.float32(127)
+    most = (1 << (bits - 1)) - 1
+    scale = np.abs(blocks).max(axis=-1) / np.float32(most)
     usable = np.isfinite(scale) & (scale > 0)
     divisor = np.where(usable, scale, np.float32(1))[..., None]
     steps = np.where(usable[..., None], blocks, 0) / divisor
-    codes = np.clip(np.rint(steps), -127, 127).astype(np.int8)
+    codes = np.clip(np.rint(steps), -most, most).astype(np.int8)
     return codes.reshape(x.shape), scale
 
 

@@ -21,13 +21,12 @@ from refllm.kernels.packed.reference import GGUF_BLOCK, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.threads import over_rows
 from refllm.kernels.packed.tile_kernels import (
-    BLOCKS,
     FLOAT,
-    TOKEN,
     TOKENS,
     laid_kind,
     lay_out_address,
     product_address,
+    rounded_kind,
 )
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
@@ -45,7 +44,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     x : (tokens, in) float32
     tiles : Tiles
     kind : int
-        FLOAT, or int8 activations with a scale per 32 columns (BLOCKS) or per token (TOKEN).
+        FLOAT, or rounded activations with a scale per 32 columns (BLOCKS) or per token (TOKEN), see tile_kernels.
 
     Returns
     -------
@@ -172,11 +171,16 @@ def matmul_float(x: np.ndarray, weight) -> np.ndarray:
 
 
 def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
-    """reference.matmul_int8 for float32 x. Without an integer product, floats are multiplied."""
+    """reference.matmul_int8 for float32 x."""
+    return matmul_rounded(x, weight, 8)
+
+
+def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
+    """reference.matmul_rounded for float32 x. Without an integer product, floats are multiplied."""
     per_block = isinstance(weight, GGUFBlocks)
     if (tiles := tiles_of(weight)) and tiles.form.has_integers:
-        return tile_matmul(x, tiles, BLOCKS if per_block else TOKEN)
-    codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0)
+        return tile_matmul(x, tiles, rounded_kind(per_block, bits))
+    codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0, bits)
     return matmul_float(dequantize_activations(codes, scale), weight)
 
 

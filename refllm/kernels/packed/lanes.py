@@ -392,20 +392,20 @@ def store_whole(typing, address, value):
 
 
 @intrinsic
-def store_codes(typing, address, x):
-    """Sixteen whole numbers as bytes from -127 to 127, those beyond at the ends, NaN as 0; returns what was stored."""
+def store_codes(typing, address, x, most):
+    """Sixteen whole numbers as bytes from -most to most, those beyond at the ends, NaN as 0; returns what it stored."""
 
     def generate(context, b, sig, args):
         bytes_ = ir.VectorType(I8, LANES)
         number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
         # Beyond only where the scale was rounded to one of the smallest numbers there are.
-        number = _call(b, _wide("minnum"), number, constant(Floats.llvm, 127.0))
-        number = _call(b, _wide("maxnum"), number, constant(Floats.llvm, -127.0))
+        number = _call(b, _wide("minnum"), number, emit_splat(b, args[2]))
+        number = _call(b, _wide("maxnum"), number, emit_splat(b, b.fneg(args[2])))
         codes = b.fptosi(number, bytes_)
         b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
         return b.sitofp(codes, Floats.llvm)
 
-    return Floats(types.intp, Floats), generate
+    return Floats(types.intp, Floats, types.float32), generate
 
 
 @intrinsic

@@ -30,8 +30,8 @@ def matmul_float(x: np.ndarray, weight) -> np.ndarray:
     return y
 
 
-def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
-    """x W^T with activations rounded to int8: (tokens, in) float -> (tokens, out) of the type of x.
+def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
+    """x W^T with activations rounded to `bits` bits: (tokens, in) float -> (tokens, out) of the type of x.
 
     IntWeight: per token one scale; the product of codes is summed in integers inside each group, then
 
@@ -41,13 +41,19 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
     does) and multiplied as floats, which is the same number up to float32 rounding.
     """
     if isinstance(weight, IntWeight):
-        return _int_times_int(x, weight)
-    codes, scale = quantize_activations(x.astype(np.float32), GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0)
+        return _int_times_int(x, weight, bits)
+    block = GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0
+    codes, scale = quantize_activations(x.astype(np.float32), block, bits)
     return matmul_float(dequantize_activations(codes, scale).astype(x.dtype), weight)
 
 
-def _int_times_int(x: np.ndarray, weight: IntWeight) -> np.ndarray:
-    codes, x_scale = quantize_activations(x.astype(np.float32))
+def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
+    """matmul_rounded to 8 bits."""
+    return matmul_rounded(x, weight, 8)
+
+
+def _int_times_int(x: np.ndarray, weight: IntWeight, bits: int) -> np.ndarray:
+    codes, x_scale = quantize_activations(x.astype(np.float32), 0, bits)
     y = np.empty((x.shape[0], weight.shape[0]), np.float32)
     for block in row_blocks(weight.shape, BLOCK_ELEMENTS // 4):
         sums, scale = group_sums(codes, weight, block)

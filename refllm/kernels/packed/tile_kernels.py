@@ -63,7 +63,9 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 # take one of 32 registers of AVX-512 and two of the 16 of AVX2.
 TOKENS = 12 if "+avx512f" in target_features() else 6
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
-FLOAT, BLOCKS, TOKEN = 0, 1, 2  # activations: as they are; int8 with a scale per 32 columns; per token
+# Kinds of activations: as they are; int8 with a scale per 32 columns, or per token; and FOUR added: 4 bits of the 8.
+FLOAT, BLOCKS, TOKEN, FOUR = 0, 1, 2, 4
+KINDS = 3  # bits of a kind
 FIELDS = 8  # of a table of addresses: codes, scale, low, tops, blocks, per, values, factor
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
 
@@ -73,9 +75,14 @@ def _begins(form: Form, integers: bool) -> bool:
     return integers and form.low == "constant" and form.offset > 0 and form.sparse != "pairs"
 
 
+def rounded_kind(per_block: bool, bits: int) -> int:
+    """The kind of activations rounded to 8 or 4 bits."""
+    return (BLOCKS if per_block else TOKEN) + (FOUR if bits == 4 else 0)
+
+
 def laid_kind(form: Form, kind: int) -> int:
     """The kind of activations that a form wants: `kind`, and above it the offset of sums that begin with it."""
-    return kind | form.offset << 2 if _begins(form, kind != FLOAT) else kind
+    return kind | form.offset << KINDS if _begins(form, kind != FLOAT) else kind
 
 
 def _products(form: Form, integers: bool, n: int, part: int):
@@ -291,7 +298,8 @@ def lay_out_text(n: int):
     """
 
     def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
-        blocks, offset, kind = columns // BLOCK, np.float32(kind >> 2), kind & 3
+        blocks, offset, kind = columns // BLOCK, np.float32(kind >> KINDS), kind & (1 << KINDS) - 1
+        most, kind = np.float32(7 if kind & FOUR else 127), kind & ~FOUR
         for panel in range(first, last):
             for i in range(n):
                 token = panel * n + i
@@ -311,11 +319,11 @@ def lay_out_text(n: int):
                     else:
                         if kind == BLOCKS and token < tokens:
                             amax = _amax(here, BLOCK)
-                        scale = amax / np.float32(127)
+                        scale = amax / most
                         # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
                         divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
-                        low = store_codes(x + BLOCK * at, nearest(divide(low, divisor)))
-                        high = store_codes(x + BLOCK * at + 16, nearest(divide(high, divisor)))
+                        low = store_codes(x + BLOCK * at, nearest(divide(low, divisor)), most)
+                        high = store_codes(x + BLOCK * at + 16, nearest(divide(high, divisor)), most)
                     store_float(x_scale + 4 * at, scale)
                     first_half, second_half = lane_sum(low), lane_sum(high)
                     if offset > 0:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast
+from refllm.kernels.packed import fast, tile_kernels
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
@@ -40,7 +40,7 @@ def check_tiles(weight, W):
     tiles = tiles_of(weight)
     for tokens in (1, 13) if tiles else ():
         x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
-        for kind in (fast.FLOAT, fast.BLOCKS, fast.TOKEN) if tiles.form.has_integers else (fast.FLOAT,):
+        for kind in range(3) if tiles.form.has_integers else (tile_kernels.FLOAT,):
             product = fast.tile_matmul(guarded(x), tight(tiles), kind)
             assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 

@@ -104,6 +104,8 @@ def test_quantize_activations_by_hand():
     assert codes.tolist() == [[127, 0, 2, 0], [0] * 4, [0] * 4]  # -0.5, 1.5 and 0.5 are ties, to even
     assert quantize_activations(x, 2)[1].tolist()[0] == [2, np.float32(3 / 127)]
     assert np.array_equal(dequantize_activations(codes, scale)[0], [254, 0, 4, 0])
+    codes, scale = quantize_activations(np.array([[14, -3.0, 1, 13]], np.float32), bits=4)
+    assert scale.tolist() == [[2]] and codes.tolist() == [[7, -2, 0, 6]]  # -1.5, 0.5 and 6.5, to even
 
 
 def test_group_sums_are_the_integers():
@@ -119,7 +121,7 @@ def test_group_sums_are_the_integers():
     ("call", "message"),
     [
         (lambda: matmul(X[:, :8], W), r"\(4, 8\) do not fit a weight with 32 columns"),
-        (lambda: matmul(X, W, "int4"), "float32, int8"),
+        (lambda: matmul(X, W, "int2"), "float32, int8, int4"),
         (lambda: matmul(X.astype(np.float16), one_of_each()["gguf"]), "float32 or float64"),
         (lambda: matmul(np.float32(1), W), "do not fit"),
         (lambda: rows(W, [6]), r"\[0, 6\)"),
