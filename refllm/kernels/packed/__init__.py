@@ -73,7 +73,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     if x.dtype not in (np.float32, np.float64):
         raise ValueError(f"activations of a packed weight must be float32 or float64, got {x.dtype}")
     if isinstance(weight, LowRank):
-        return matmul(matmul(x, weight.B, activations), weight.A, activations)
+        A, B = weight.factors
+        return matmul(matmul(x, B, activations), A, activations)
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
     flat = x.reshape(-1, x.shape[-1])

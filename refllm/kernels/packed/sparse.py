@@ -1,6 +1,7 @@
 """Records of sparse weights (2:4 and bitmask) and of low-rank factors."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -176,6 +177,29 @@ class SparseBitmask(BaseRecord):
 
 
 @dataclass(frozen=True, eq=False)
+class Halves(BaseRecord):
+    """A float16 matrix as a record, so that it has a product of its own; never stored as one.
+
+    Parameters
+    ----------
+    values : (out, in) float16
+    """
+
+    values: np.ndarray
+    kind: ClassVar[str] = "halves"
+    stored: ClassVar[tuple[str, ...]] = ("values",)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.values.shape
+
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """Some rows, (k, in) float32."""
+        return self.values[ids].astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank(BaseRecord):
     """weight = A B, applied as two products.
 
@@ -198,6 +222,12 @@ class LowRank(BaseRecord):
             check_factor(name, factor, shape)
         if self.A.shape[1] != self.B.shape[0]:
             raise ValueError(f"the ranks of A {self.A.shape} and B {self.B.shape} differ")
+
+    @cached_property
+    def factors(self) -> tuple:
+        """A and B as products take them: float32 arrays, or records."""
+        half = lambda factor: isinstance(factor, np.ndarray) and factor.dtype == np.float16
+        return tuple(Halves(factor) if half(factor) else factor for factor in (self.A, self.B))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
 from refllm.kernels.packed.codes import CodeWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
+from refllm.kernels.packed.sparse import Halves, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiling import (
     BLOCK,
     PLANES,
@@ -63,6 +63,8 @@ def form_of(weight) -> Form | None:
         return _code_form(weight)
     if isinstance(weight, Sparse24):
         return _pairs_form(weight)
+    if isinstance(weight, Halves):
+        return Form(16, "float", table=tables.HALF)
     if isinstance(weight, SparseBitmask) and isinstance(weight.values, np.ndarray):
         dtype = weight.values.dtype
         return Form(8 * dtype.itemsize, "none", table=tables.of_floats(dtype), sparse="bitmask")
@@ -165,6 +167,8 @@ def _arrays(weight, ids: slice, form: Form) -> tuple:
     if isinstance(weight, Sparse24):
         codes, *rest = _arrays(weight.values, ids, form)
         return np.concatenate([codes, tile_codes(weight.pairs(ids), 2)], axis=2), *rest
+    if isinstance(weight, Halves):
+        return _arrays(weight.values, ids, form)
     if isinstance(weight, np.ndarray):
         return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None
     return {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)](weight, ids, form)

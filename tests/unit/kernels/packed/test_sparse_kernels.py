@@ -1,4 +1,4 @@
-"""Products of sparse weights that never become dense rows, against the records' own numbers: 2:4 and bitmasks."""
+"""Products of sparse weights that never become dense rows, against the records' own numbers: 2:4, bitmasks, float16 factors."""
 
 import os
 import subprocess
@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from refllm.formats.bits import pack_bits
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, reference, simd
-from refllm.kernels.packed.records import CodeWeight, Sparse24, SparseBitmask
+from refllm.kernels.packed import fast, matmul, reference, simd
+from refllm.kernels.packed.records import CodeWeight, LowRank, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiled import form_of, tiles_of
+from tests.strategies import gamma
 from tests.unit.kernels.packed.test_fast import random_blocks
 from tests.unit.kernels.packed.test_tables import MANY_CASES, bound, check_product, code_weights, rounded, tokens_and
 from tests.unit.kernels.packed.test_tiling import int_weight
@@ -190,6 +191,36 @@ def test_bitmask_poison_and_threads(monkeypatch):
         spoilt[1, 37] = bad
         y = fast.matmul_float(spoilt, weight)
         assert not np.isfinite(y[1]).any() and np.array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
+
+
+@MANY_CASES
+@given(data=st.data(), rows=st.integers(1, 35), columns=st.integers(1, 100), seed=st.integers(0, 2**16))
+def test_float16_factors_within_the_bound(data, rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    W = (rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-7, 4, (rows, 1))).astype(np.float16)
+    W[rng.random(W.shape) < 0.1] = -0.0
+    B = LowRank(np.ones((1, rows), np.float32), W).factors[1]
+    x = data.draw(tokens_and(columns))
+    check_product(lambda x: fast.matmul_float(x, B), x, W.astype(np.float32), 1.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_low_rank_is_two_products_of_its_factors(dtype):
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((40, 7)).astype(dtype), rng.standard_normal((7, 90)).astype(dtype)
+    weight, x = LowRank(A, B), rng.standard_normal((13, 90), np.float32)
+    if dtype == "float16":
+        assert all(tiles_of(factor) is not None for factor in weight.factors)
+    y = matmul(x, weight)
+    middle = x.astype(np.float64) @ B.T.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(B).T.astype(np.float64) @ np.abs(A).T.astype(np.float64)
+    assert y.dtype == np.float32 and (np.abs(y - middle @ A.T.astype(np.float64)) <= gamma(90 + 7) * size).all()
+    assert np.array_equal(y[:2], matmul(x[:2], weight)) or dtype == "float32"  # of float32 BLAS may sum otherwise
+    wide = matmul(x.astype(np.float64), weight)
+    assert wide.dtype == np.float64 and np.allclose(wide, middle @ A.T.astype(np.float64), rtol=1e-12, atol=1e-12)
+    spoilt = x.copy()
+    spoilt[1, 3] = np.nan
+    assert np.isnan(matmul(spoilt, weight)[1]).all() and np.isfinite(np.delete(matmul(spoilt, weight), 1, 0)).all()
 
 
 def test_values_without_tiles_are_decoded():
