@@ -43,7 +43,8 @@ class DenseStore:
         K, V = (x[..., :end, :] for x in self.reserve(end, k, v))
         K[..., self.length :, :] = k
         V[..., self.length :, :] = v
-        self.claim(positions)
+        self._positions[self.length : end] = positions
+        self.length = end
         return K.astype(k.dtype, copy=False), V.astype(v.dtype, copy=False), self._positions[:end]
 
     def reserve(self, count, k, v):
@@ -57,13 +58,13 @@ class DenseStore:
             self._positions = _grown(self._positions, room, axis=0)
         return self.keys, self.values
 
-    def claim(self, positions):
-        """Count tokens that have been written behind the others, in the arrays of `reserve`."""
-        start, self.length = self.length, self.length + len(positions)
-        if len(positions) == 1:  # thirty layers, each token: a slice would cost more than everything else here
-            self._positions[start] = positions[0]
+    def claim(self, start, count):
+        """Tokens at the positions start .. start + count - 1 have been written to those places; nothing is behind."""
+        if count == 1:  # in thirty layers, each token
+            self._positions[start] = start
         else:
-            self._positions[start : self.length] = positions
+            self._positions[start : start + count] = np.arange(start, start + count)
+        self.length = start + count
 
     def truncate(self, length):
         """Forget the tokens at positions >= length (a rejected draft); positions are appended in order."""

@@ -106,7 +106,7 @@ class Compiled:
         embedding = model.weights[EMBEDDING]
         self._decode_row = decoder(embedding) if is_record(embedding) else None
         self._many: tuple | None = None  # what prefill needs beside: tokens, x, buffers, layers
-        self._known: list = []
+        self._known, self._room = None, 0  # the first store's keys, and for how many tokens there is room
         self._own = np.empty(0, np.uint8)
         gelu = int(config.activation == "gelu_tanh")
         self._sizes = (
@@ -123,7 +123,7 @@ class Compiled:
         self._prepare(position, 1)
         self._embed(np.array([token]), self._x)
         arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
-        each = text.own_bytes(self._most, self._known[0].shape[-2])
+        each = text.own_bytes(self._most, self._room)
         self._run(text.step_kernel(), arguments, each, (position,), 1)
         self._finish(position, 1)
         return self._logits[: self.model.config.vocab_size].copy()
@@ -190,19 +190,21 @@ class Compiled:
         return arrays["x"], buffers
 
     def _prepare(self, position: int, tokens: int) -> None:
-        """Rotations of the next tokens, room for them in every store, and the addresses of arrays that have moved."""
-        config, stores = self.model.config, self.cache.stores
+        """Rotations of the next tokens, room for them in every store, and the addresses of arrays that have moved.
+
+        All stores grow alike and in order, so the first one tells for all.
+        """
         for rope, rotation in self._rotations.items():
             rotation[:, :tokens] = self._angles(rope, position, tokens)
-        for store in stores:
+        stores, end = self.cache.stores, position + tokens
+        if self._known is stores[0].keys is not None and end <= self._room:
+            return
+        none = np.empty((1, self.model.config.num_kv_heads, 0, self.model.config.head_dim), np.float32)
+        for layer, store in zip(self._layers, stores, strict=True):
             store.truncate(position)
-        moved = not self._known or any(s.keys is not k for s, k in zip(stores, self._known, strict=True))
-        if moved or position + tokens > self._known[0].shape[-2]:
-            none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
-            for layer, store in zip(self._layers, stores, strict=True):
-                keys, values = store.reserve(position + tokens, none, none)
-                layer["keys"], layer["values"], layer["room"] = keys.ctypes.data, values.ctypes.data, keys.shape[-2]
-            self._known = [store.keys for store in stores]
+            keys, values = store.reserve(end, none, none)
+            layer["keys"], layer["values"], layer["room"] = keys.ctypes.data, values.ctypes.data, keys.shape[-2]
+        self._known, self._room = stores[0].keys, stores[0].keys.shape[-2]
 
     def _angles(self, rope, position: int, tokens: int) -> np.ndarray:
         """cos and sin (2, tokens, head_dim / 2) of the next tokens, from a table of some more than were asked for."""
@@ -226,7 +228,7 @@ class Compiled:
     def _finish(self, position: int, tokens: int) -> None:
         """Count the new tokens."""
         for store in self.cache.stores:
-            store.claim(range(position, position + tokens))
+            store.claim(position, tokens)
         self.cache.length = position + tokens
 
     def _layer(self, layer: int) -> np.ndarray:

@@ -97,6 +97,8 @@ def _all_blocks(model, ids, start, cache, attend, observe):
 
 def check_ids(ids, vocab_size: int) -> np.ndarray:
     """Token ids as an int64 array (T,) or (B, T), or a ValueError that says what is wrong with them."""
+    if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < vocab_size:
+        return np.array(ids)  # what decoding gives, a few hundred times a second
     try:
         ids = np.asarray(ids)
     except ValueError:

@@ -3,6 +3,8 @@
 A weight whose groups do not fall on blocks or halves of them has none, nor has a factored one: `tiles_of` gives None.
 """
 
+import math
+import threading
 from dataclasses import replace
 from math import gcd
 from weakref import WeakKeyDictionary
@@ -101,6 +103,9 @@ def _code_form(weight: CodeWeight) -> Form | None:
     return Form(weight.bits, scale, "constant", offset, 1 if whole else 2, table)
 
 
+SHARED = 32 << 20  # bytes that small arrays are cut from
+LINE = 64  # of a cache
+_shared, _sharing = np.empty(0, np.uint8), threading.Lock()
 _made: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -122,7 +127,7 @@ def _tile(weight, form: Form) -> Tiles:
             forget_pages(weight.data[ids])  # of a file: they can be read again
         if made is None:
             tiles = -(-weight.shape[0] // ROWS)
-            made = [None if part is None else np.empty((tiles, *part.shape[1:]), part.dtype) for part in parts]
+            made = [None if part is None else _room((tiles, *part.shape[1:]), part.dtype) for part in parts]
         for whole, part in zip(made, parts, strict=True):
             if part is not None:
                 whole[ids.start // ROWS : ids.start // ROWS + len(part)] = part
@@ -132,6 +137,24 @@ def _tile(weight, form: Form) -> Tiles:
         values = code_tiles.lookup_values(weight.values if form.sparse else weight)
     per = codes.shape[1] * form.parts // scale.shape[1]
     return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array; small ones are cut from a large one that they share.
+
+    NumPy asks for large pages for arrays of 4 MB and more. Within 4 KB pages the processor reads ahead no further than
+    to the end of each, and a model of many small weights comes from memory a fifth more slowly.
+    """
+    global _shared
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes > SHARED // 4:
+        return np.empty(shape, dtype)
+    with _sharing:
+        if nbytes > _shared.size:
+            fresh = np.empty(SHARED + LINE, np.uint8)
+            _shared = fresh[-fresh.ctypes.data % LINE :]
+        mine, _shared = _shared[:nbytes], _shared[-(-nbytes // LINE) * LINE :]
+    return mine.view(dtype).reshape(shape)
 
 
 def _row_parts(shape: tuple[int, int]) -> list[slice]:
