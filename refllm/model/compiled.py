@@ -62,10 +62,14 @@ def _takes(model: Model, cache: KVCache) -> bool:
 
     if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
         return False
+    rounded = model.runtime.activations in BITS
     for name, weight in model.weights.items():
         if name == EMBEDDING and not model.config.tied_embeddings:
             continue  # only rows of it are read
-        if form_of(weight) is None if is_record(weight) else weight.dtype != np.float32:
+        if not is_record(weight):
+            if weight.dtype != np.float32:
+                return False
+        elif (form := form_of(weight)) is None or (rounded and has_codes(weight) and not form.has_integers):
             return False
     return True
 

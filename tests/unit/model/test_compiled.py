@@ -140,3 +140,15 @@ def test_not_a_number_stays_in_its_sequence():
     assert np.isfinite(forward(model, [1], cache=cache)).all()
     assert np.isnan(forward(model, [5], cache=cache)).all()
     assert np.isnan(forward(model, np.array([5, 1]))).all()
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["wanda:pattern=2:4", "wanda:pattern=2:4+rtn:bits=4,group=8", "wanda:sparsity=0.5"])
+def test_sparse_weights(recipe, activations, monkeypatch):
+    """Where a form has no integer product, rounded activations are left to the readable pass."""
+    model = random_model("llama", head_dim=16)
+    model = refllm.compress(model, recipe, calibration=IDS)
+    model = replace(model, runtime=replace(model.runtime, activations=activations))
+    expected = readable(model, IDS, monkeypatch)
+    y, _ = through_a_cache(model, IDS)
+    assert np.median(distance(y, expected)) < 1e-5
