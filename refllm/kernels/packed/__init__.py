@@ -14,7 +14,7 @@ import numpy as np
 from refllm.kernels.packed import reference
 from refllm.kernels.packed.encode import encode_gguf as encode_gguf
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.records import LowRank, Record, Reordered, Sparse24, SparseBitmask, is_record
+from refllm.kernels.packed.records import BlockSparse, LowRank, Record, Reordered, Sparse24, SparseBitmask, is_record
 
 BITS = {"int8": 8, "int4": 4}  # of rounded activations
 ACTIVATIONS = ("float32", *BITS)
@@ -33,7 +33,7 @@ def has_codes(weight: object) -> bool:
     """Whether a weight is stored as codes, so that rounded activations apply to it."""
     if isinstance(weight, Reordered):
         return has_codes(weight.weight)
-    inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask)) else weight
+    inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) else weight
     return isinstance(inner, (IntWeight, GGUFBlocks))
 
 

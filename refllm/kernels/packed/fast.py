@@ -54,7 +54,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     x = _padded(x, blocks * BLOCK)
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))
-    y = np.empty((panels * n, len(tiles.codes) * ROWS), np.float32)
+    y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
     each = blocks * n  # of a panel: so many blocks of numbers, scales, and three times as many sums
     codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
     laid = np.empty(codes_bytes + 4 * scale_bytes, np.uint8)
@@ -68,7 +68,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
         over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
         target = tiles.address, *laid_out, to_y + done * stride, stride, count
         work = tiles.codes.size * count * n
-        over_rows(lambda first, last, target=target: product(*target, first, last), len(tiles.codes), work)
+        over_rows(lambda first, last, target=target: product(*target, first, last), tiles.tiles, work)
     return y[:tokens, : tiles.shape[0]]
 
 

@@ -11,6 +11,7 @@ to.
     Reordered      a record whose columns are stored in another order
     Sparse24       two of every four columns, with 2-bit positions
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
+    BlockSparse    the kept blocks, one bit per block saying where
     LowRank        two factors; never multiplied out
 
 Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
@@ -27,12 +28,14 @@ import numpy as np
 
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
+from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask
 
 __all__ = [
     "KINDS",
+    "BlockSparse",
     "CodeWeight",
     "GGUFBlocks",
     "IntWeight",
@@ -49,9 +52,10 @@ __all__ = [
     "rows_of",
 ]
 
-Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | LowRank
+Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | BlockSparse | LowRank
 KINDS: dict[str, type] = {
-    cls.kind: cls for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, LowRank)
+    cls.kind: cls
+    for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, BlockSparse, LowRank)
 }
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
 

@@ -177,16 +177,16 @@ class SparseBitmask(BaseRecord):
 
 
 @dataclass(frozen=True, eq=False)
-class Halves(BaseRecord):
-    """A float16 matrix as a record, so that it has a product of its own; never stored as one.
+class Plain(BaseRecord):
+    """A matrix of floats as a record, so that it has a tile product; never stored as one.
 
     Parameters
     ----------
-    values : (out, in) float16
+    values : (out, in) float16 or float32
     """
 
     values: np.ndarray
-    kind: ClassVar[str] = "halves"
+    kind: ClassVar[str] = "plain"
     stored: ClassVar[tuple[str, ...]] = ("values",)
 
     @property
@@ -227,7 +227,7 @@ class LowRank(BaseRecord):
     def factors(self) -> tuple:
         """A and B as products take them: float32 arrays, or records."""
         half = lambda factor: isinstance(factor, np.ndarray) and factor.dtype == np.float16
-        return tuple(Halves(factor) if half(factor) else factor for factor in (self.A, self.B))
+        return tuple(Plain(factor) if half(factor) else factor for factor in (self.A, self.B))
 
     @property
     def shape(self) -> tuple[int, int]:

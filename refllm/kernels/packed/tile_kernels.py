@@ -66,7 +66,8 @@ PANELS = 192 // TOKENS  # activations of so many panels are used again while the
 # Kinds of activations: as they are; int8 with a scale per 32 columns, or per token; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, FOUR = 0, 1, 2, 4
 KINDS = 3  # bits of a kind
-FIELDS = 8  # of a table of addresses: codes, scale, low, tops, blocks, per, values, factor
+# Of a table of addresses: codes, scale, low, tops, blocks, per, values, factor, first, where, blocks of a kept one.
+FIELDS = 11
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
 
 
@@ -148,25 +149,18 @@ def _load_table(form: Form):
     return _table_address if form.table in (SIXTEEN, MANY) else _no_table
 
 
-def product_text(form: Form, integers: bool, n: int):
-    """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
+def _run_of_blocks(form: Form, integers: bool, n: int):
+    """Adds the products of consecutive blocks of a row of tiles.
 
     Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
-
-    weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
     """
-    if form.scale == "levels":
-        return _levels_text(form, integers, n)
-    if form.sparse == "bitmask":
-        return _bitmask_text(form, n)
     offset, block_bytes, parts = form.offset, form.block_bytes, form.parts
     two, pairs = parts == 2, form.sparse == "pairs"
     (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
-    scale_bytes, low_bytes, factor = ROWS * width, ROWS * (2 if minimum else 1), form.scale == "ue4m3"
+    scale_bytes, low_bytes = ROWS * width, ROWS * (2 if minimum else 1)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
     wide = 2 if pairs else 1  # blocks of activations beside one of codes
     add_first, add_second = (_products(form, integers, n, part) for part in (0, 1 if pairs else parts - 1))
-    load_table = _load_table(form)
 
     @register_jitable
     def load_group(scale, low):
@@ -174,41 +168,91 @@ def product_text(form: Form, integers: bool, n: int):
         zero = load_unsigned(low) if own_zero else every(offset)
         return s, zero, load_halves(low) if minimum else zero
 
+    @register_jitable(forceinline=True)
+    def add_run(total, row, blocks, per, code, scale, low, x, steps, sums, table):
+        """row : number of the run; each has `blocks` blocks of activations. Addresses: codes, scales and lows of run 0;
+        activations, their steps and sums where the run begins."""
+        groups, left = (blocks + wide - 1) // wide // per, blocks
+        code += row * groups * per * block_bytes
+        scale += row * groups * parts * scale_bytes
+        low += row * groups * parts * low_bytes
+        for _ in range(groups):
+            s, zero, lowest = load_group(scale, low)
+            for _ in range(per):
+                step = splats(steps, n)
+                total = add_first(total, code, x, step, sums, s, zero, lowest, table)
+                if two:
+                    s, zero, lowest = load_group(scale + scale_bytes, low + low_bytes)
+                if pairs:
+                    left -= 2
+                    if left >= 0:
+                        x, step, sums = x + x_bytes, splats(steps + step_bytes, n), sums + sum_bytes
+                        total = add_second(total, code, x, step, sums, s, zero, lowest, table)
+                elif two:
+                    total = add_second(total, code, x, step, sums, s, zero, lowest, table)
+                code += block_bytes
+                x += x_bytes
+                steps += wide * step_bytes
+                sums += sum_bytes
+            scale += parts * scale_bytes
+            low += parts * low_bytes
+        return total
+
+    return add_run
+
+
+def product_text(form: Form, integers: bool, n: int):
+    """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
+
+    weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
+    """
+    if form.scale == "levels":
+        return _levels_text(form, integers, n)
+    if form.sparse == "bitmask":
+        return _bitmask_text(form, n)
+    if form.sparse == "blocks":
+        return _blocks_text(form, integers, n)
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    add_run, load_table, factor = _run_of_blocks(form, integers, n), _load_table(form), form.scale == "ue4m3"
+
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
         blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
-        groups = (blocks + wide - 1) // wide // per
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
                 for panel in range(start, min(start + PANELS, panels)):
-                    total = zeros(n)
-                    code = codes + tile * groups * per * block_bytes
-                    some = x + panel * blocks * x_bytes
-                    steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
-                    left = blocks
-                    at, under = scale + tile * groups * parts * scale_bytes, low + tile * groups * parts * low_bytes
-                    for _ in range(groups):
-                        s, zero, lowest = load_group(at, under)
-                        for _ in range(per):
-                            step = splats(steps, n)
-                            total = add_first(total, code, some, step, sums, s, zero, lowest, table)
-                            if two:
-                                s, zero, lowest = load_group(at + scale_bytes, under + low_bytes)
-                            if pairs:
-                                left -= 2
-                                if left >= 0:
-                                    some, step, sums = some + x_bytes, splats(steps + step_bytes, n), sums + sum_bytes
-                                    total = add_second(total, code, some, step, sums, s, zero, lowest, table)
-                            elif two:
-                                total = add_second(total, code, some, step, sums, s, zero, lowest, table)
-                            code += block_bytes
-                            some += x_bytes
-                            steps += wide * step_bytes
-                            sums += sum_bytes
-                        at += parts * scale_bytes
-                        under += parts * low_bytes
+                    at = panel * blocks
+                    some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                    total = add_run(zeros(n), tile, blocks, per, codes, scale, low, some, steps, sums, table)
                     if factor:
                         total = times(total, load_floats(word(weight, 7) + 4 * ROWS * tile))
+                    store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _blocks_text(form: Form, integers: bool, n: int):
+    """product_text where whole blocks are left out: each tile meets its kept ones."""
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    add_run, load_table = _run_of_blocks(form, integers, n), _load_table(form)
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
+        blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
+        begin, where, run = word(weight, 8), word(weight, 9), word(weight, 10)
+        for start in range(0, panels, PANELS):
+            for tile in range(first, last):
+                for panel in range(start, min(start + PANELS, panels)):
+                    at = panel * blocks
+                    some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                    total = zeros(n)
+                    for block in range(blocks):  # NaN if any of the activations is, met by a kept block or not
+                        of = splats(steps + block * step_bytes if integers else sums + block * sum_bytes, n)
+                        total = fma(of, every(0), total)
+                    for kept in range(load_whole(begin + 4 * tile), load_whole(begin + 4 * tile + 4)):
+                        at = load_whole(where + 4 * kept)
+                        mine, step, of = some + at * x_bytes, steps + at * step_bytes, sums + at * sum_bytes
+                        total = add_run(total, kept, run, per, codes, scale, low, mine, step, of, table)
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
     return tile_product

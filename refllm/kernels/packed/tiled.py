@@ -15,9 +15,10 @@ from refllm.formats.bits import unpack_bits
 from refllm.formats.files import forget_pages
 from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
+from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.sparse import Halves, Sparse24, SparseBitmask
+from refllm.kernels.packed.sparse import Plain, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiling import (
     BLOCK,
     PLANES,
@@ -65,12 +66,29 @@ def form_of(weight) -> Form | None:
         return _code_form(weight)
     if isinstance(weight, Sparse24):
         return _pairs_form(weight)
-    if isinstance(weight, Halves):
-        return Form(16, "float", table=tables.HALF)
+    if isinstance(weight, Plain):
+        return Form(8 * weight.values.itemsize, "float", table=tables.of_floats(weight.values.dtype))
     if isinstance(weight, SparseBitmask) and isinstance(weight.values, np.ndarray):
         dtype = weight.values.dtype
         return Form(8 * dtype.itemsize, "none", table=tables.of_floats(dtype), sparse="bitmask")
+    if isinstance(weight, BlockSparse):
+        return _blocks_form(weight)
     return _int_form(weight) if isinstance(weight, IntWeight) else None
+
+
+def _blocks_form(weight: BlockSparse) -> Form | None:
+    """Where tiles make up blocks."""
+    if weight.block_rows % ROWS or weight.block_columns % BLOCK or weight.columns % weight.block_columns:
+        return None
+    values = weight.values
+    if not values.shape[0]:
+        return None
+    if isinstance(values, np.ndarray):
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), sparse="blocks")
+    form = form_of(values)
+    if form is None or form.scale in ("levels", "ue4m3") or form.sparse:
+        return None
+    return replace(form, sparse="blocks")
 
 
 def _pairs_form(weight: Sparse24) -> Form | None:
@@ -115,7 +133,8 @@ def tiles_of(weight) -> Tiles | None:
         form = form_of(weight)
         if form is None:
             return None
-        _made[weight] = (_tile_bitmask if form.sparse == "bitmask" else _tile)(weight, form)
+        make = {"bitmask": _tile_bitmask, "blocks": _tile_blocks}.get(form.sparse, _tile)
+        _made[weight] = make(weight, form)
     return _made[weight]
 
 
@@ -164,6 +183,25 @@ def _row_parts(shape: tuple[int, int]) -> list[slice]:
     return [slice(start, min(start + step, out)) for start in range(0, out, step)]
 
 
+def _tile_blocks(weight: BlockSparse, form: Form) -> Tiles:
+    """The tiles of the kept blocks, in the order in which rows of tiles meet them."""
+    inner = Plain(weight.values) if isinstance(weight.values, np.ndarray) else weight.values
+    made, mask, high = _tile(inner, replace(form, sparse="")), weight.mask(), weight.block_rows // ROWS
+    tile = np.arange(-(-weight.out // ROWS))
+    row, inside = np.divmod(tile, high)
+    number = np.cumsum(mask).reshape(mask.shape) - 1  # of the kept blocks
+    k, column = np.nonzero(mask[row])
+    order = number[row[k], column] * high + inside[k]
+    counts = mask[row].sum(axis=1)
+    first = np.append(0, np.cumsum(counts)).astype(np.uint32)
+    where = (column * (weight.block_columns // BLOCK)).astype(np.uint32)
+    codes, scale, low = (
+        a if a is None or np.array_equal(order, np.arange(len(a))) else a[order]
+        for a in (made.codes, made.scale, made.low)
+    )
+    return replace(made, form=form, codes=codes, scale=scale, low=low, shape=weight.shape, first=first, where=where)
+
+
 def _tile_bitmask(weight: SparseBitmask, form: Form) -> Tiles:
     columns, blocks = weight.columns, -(-weight.columns // BLOCK)
     masks, counts, values = [], [], []
@@ -190,7 +228,7 @@ def _arrays(weight, ids: slice, form: Form) -> tuple:
     if isinstance(weight, Sparse24):
         codes, *rest = _arrays(weight.values, ids, form)
         return np.concatenate([codes, tile_codes(weight.pairs(ids), 2)], axis=2), *rest
-    if isinstance(weight, Halves):
+    if isinstance(weight, Plain):
         return _arrays(weight.values, ids, form)
     if isinstance(weight, np.ndarray):
         return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None

@@ -57,7 +57,8 @@ class Form:
         "" nothing is left out. "pairs" (2:4): what stands here of columns is said of the kept half of them; behind the
         codes of 32 kept columns lie their places among four, as codes of 2 bits. "bitmask": a block is 32 masks of
         16 bits, the rows kept of each column; `scale` says where in `values` the block's numbers begin, which lie
-        column by column.
+        column by column. "blocks": the kept blocks of a row of tiles lie one after another; `first` and `where` say
+        which they are.
     """
 
     bits: int
@@ -117,6 +118,10 @@ class Tiles:
         The table where it is one of floats; the numbers beside a bitmask, and some behind them that may be read.
     factor : (tiles, 16) float32, or None
         What a row's product is multiplied with in the end, beside ue4m3 scales.
+    first : (tiles + 1,) uint32, or None
+        Kept blocks: where those of each tile begin. `codes`, `scale` and `low` then have one of them a row.
+    where : (kept,) uint32, or None
+        The block of activations that a kept block begins with.
     """
 
     form: Form
@@ -128,6 +133,13 @@ class Tiles:
     per: int
     values: np.ndarray | None = None
     factor: np.ndarray | None = None
+    first: np.ndarray | None = None
+    where: np.ndarray | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Sixteens of rows."""
+        return -(-self.shape[0] // ROWS)
 
     @property
     def blocks(self) -> int:
@@ -141,13 +153,13 @@ class Tiles:
 
     @property
     def _arrays(self) -> tuple:
-        return self.codes, self.scale, self.low, self.tops, self.values, self.factor
+        return self.codes, self.scale, self.low, self.tops, self.values, self.factor, self.first, self.where
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Where a kernel finds the arrays: four addresses, blocks and per, two more addresses; (8,) int64."""
+        """Where a kernel finds the arrays: four addresses, blocks, per, four more addresses, blocks of a kept one."""
         addresses = [0 if a is None else a.ctypes.data for a in self._arrays]
-        return np.array([*addresses[:4], self.blocks, self.per, *addresses[4:]], np.int64)
+        return np.array([*addresses[:4], self.blocks, self.per, *addresses[4:], self.codes.shape[1]], np.int64)
 
     @cached_property
     def address(self) -> int:

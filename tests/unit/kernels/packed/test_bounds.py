@@ -15,7 +15,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, tile_kernels
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
-from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
+from refllm.kernels.packed.records import BlockSparse, CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +33,7 @@ def guarded(array):
     return inside
 
 def tight(tiles):
-    names = "codes", "scale", "low", "tops", "values", "factor"
+    names = "codes", "scale", "low", "tops", "values", "factor", "first", "where"
     return replace(tiles, **{name: guarded(getattr(tiles, name)) for name in names})
 
 def check_tiles(weight, W):
@@ -80,6 +80,9 @@ for columns in (32, 36, 96):
 for dtype in ("float16", "float32"):
     for columns in (1, 37, 96):
         check_tiles(SparseBitmask.compress(W[:, :columns], rng.random((19, columns)) < 0.5, dtype), W[:, :columns])
+kept = np.resize(W, (32, 64))
+for stored in (kept.astype(np.float16), GGUFBlocks(blocks.Q8_0.encode(kept), "Q8_0", 64)):
+    check_tiles(BlockSparse(stored, np.uint8([[2], [1]]), 19, 128, 16, 64), np.resize(W, (19, 128)))
 if MUST_CRASH:
     np.lib.stride_tricks.as_strided(guarded(np.zeros(16, np.float32)), (17,)).sum()
 print("read nothing else")

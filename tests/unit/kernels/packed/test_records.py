@@ -12,6 +12,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m, keep_top
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.records import (
+    BlockSparse,
     CodeWeight,
     GGUFBlocks,
     IntWeight,
@@ -55,9 +56,15 @@ def one_of_each():
         "sparse24 of int": Sparse24(int_weight(sparse.values.astype(np.float32), grid), sparse.indices, 32),
         "bitmask": SparseBitmask.compress(W, keep_top(np.abs(W), 0.7), "float32"),
         "bitmask of int": bitmask_of_int(),
+        "blocks": BlockSparse.compress(W, np.array([[1, 0, 1], [0, 1, 1]]), (4, 12), "float32"),
+        "blocks of int": blocks_of_int(),
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
         "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
     }
+
+
+def blocks_of_int():
+    return BlockSparse(int_weight(W[:, :16], AffineGrid(4, 8)), np.uint8([[2], [1]]), 6, 32, 3, 16)
 
 
 def bitmask_of_int():

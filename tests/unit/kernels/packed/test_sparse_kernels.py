@@ -1,4 +1,7 @@
-"""Products of sparse weights that never become dense rows, against the records' own numbers: 2:4, bitmasks, float16 factors."""
+"""Products of weights that never become dense rows, against the records' own numbers.
+
+2:4, bitmasks, kept blocks, factors in float16.
+"""
 
 import os
 import subprocess

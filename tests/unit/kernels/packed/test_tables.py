@@ -108,9 +108,10 @@ def test_whole_numbers_are_exact(name, rows, count, seed, largest):
 
 
 @st.composite
-def code_weights(draw, table, columns, scales="float32", shared=()):
+def code_weights(draw, table, columns, scales="float32", shared=(), rows=None):
     """Any codes of a table (finite ones), scales from very small to large, each for a row or one of the blocks."""
-    rows, rng = draw(st.integers(1, 18)), np.random.default_rng(draw(st.integers(0, 2**16)))
+    rows = rows or draw(st.integers(1, 18))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     own = rng.standard_normal(16).astype(np.float32) if table == OWN else None
     entries = table_values(table) if own is None else own
     kept = np.flatnonzero(np.isfinite(entries) & (np.abs(entries) < 1e6))
