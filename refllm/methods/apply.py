@@ -1,8 +1,9 @@
 """compress: a recipe applied to a model; load: a model with the run-time stages of its recipe bound.
 
-Weight stages walk the layers with calibration inputs collected once per layer, earlier layers already compressed; each
-linear is handed to the stages in turn and its packed record takes its place. Run-time stages (cache, attention,
-generation) are bound to the model's `runtime`.
+Stages run in the order of the recipe. Model stages (transforms, methods that look at a whole block) take the model and
+return another. Neighbouring weight stages walk the layers together, with calibration inputs collected once per layer,
+earlier layers already compressed; each linear is handed to them in turn and its packed record takes its place. Run-time
+stages (cache, attention, generation) are bound to the model's `runtime`.
 """
 
 import inspect
@@ -10,21 +11,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.records import LowRank, Sparse24, SparseBitmask, is_record
 from refllm.kernels.stats import Stats
-from refllm.methods.recipes import RUNTIME_FAMILIES, WEIGHT_FAMILIES, RecipeError, Stage, parse
+from refllm.methods.recipes import MODEL_FAMILIES, RUNTIME_FAMILIES, WEIGHT_FAMILIES, RecipeError, Stage, parse
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
 from refllm.model.model import Model
 from refllm.model.sample import generate_ids
-from refllm.model.walk import layer_linears, walk
+from refllm.model.walk import first_layer, layer_linears, walk
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TRIED = 1 << 20  # numbers of the largest stand-in that `check` hands to a method
+_TRIED_TOKENS = 64  # of the calibration text
 _FLOAT_PARTS = (Sparse24, SparseBitmask, LowRank)  # records that store floats, which a further stage can take
 
 
@@ -92,33 +95,60 @@ def compress(
     """
     stages = parse(recipe)
     _check_runtime(stages, recipe)
-    weight_stages = [stage for stage in stages if stage.family in WEIGHT_FAMILIES]
+    _check_calibration(stages, calibration)
     recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
-    model = replace(model, weights=dict(model.weights), recipe=recipes)
-    if weight_stages:
-        _check_calibration(weight_stages, calibration)
-        plan = _plan(model, weight_stages)
-        if calibration is None:
-            for name, todo in plan.items():
-                _compress_weight(model, name, todo, None, on_report)
+    if any(map(_is_whole, stages)):
+        model = _decoded(model)
+    for whole, group in groupby((s for s in stages if s.family not in RUNTIME_FAMILIES), _is_whole):
+        if whole:
+            for stage in group:
+                model = _change_model(model, stage, calibration, on_report)
         else:
-            if EMBEDDING in plan:  # before the walk, so that the layers see what it has become
-                _compress_weight(model, EMBEDDING, plan[EMBEDDING], None, on_report)
-            for layer, stats in walk(model, calibration):
-                for name in layer_linears(layer):
-                    if name in plan:
-                        _compress_weight(model, name, plan[name], stats[name], on_report)
-            if HEAD in plan:
-                _compress_weight(model, HEAD, plan[HEAD], None, on_report)
-    return _bind_runtime(model, stages)
+            model = _change_weights(model, list(group), calibration, on_report)
+    return _bind_runtime(replace(model, recipe=recipes), stages)
+
+
+def _is_whole(stage: Stage) -> bool:
+    return stage.family in MODEL_FAMILIES
+
+
+def _decoded(model: Model) -> Model:
+    """Floats in place of the codes that a model came with (of a GGUF file, say): nothing can be moved into codes."""
+    return replace(model, weights={name: _dense(weight) for name, weight in model.weights.items()})
+
+
+def _change_model(model: Model, stage: Stage, calibration, on_report) -> Model:
+    try:
+        return stage.function(model, calibration, on_report=on_report, **stage.knobs)
+    except ValueError as error:
+        raise ValueError(f"{stage.method}: {error}") from error
+
+
+def _change_weights(model: Model, stages: list[Stage], calibration, on_report) -> Model:
+    """Neighbouring weight stages, one linear after another."""
+    model = replace(model, weights=dict(model.weights))
+    plan = _plan(model, stages)
+    if calibration is None:
+        for name, todo in plan.items():
+            _compress_weight(model, name, todo, None, on_report)
+        return model
+    if EMBEDDING in plan:  # before the walk, so that the layers see what it has become
+        _compress_weight(model, EMBEDDING, plan[EMBEDDING], None, on_report)
+    for layer, stats in walk(model, calibration):
+        for name in layer_linears(layer):
+            if name in plan:
+                _compress_weight(model, name, plan[name], stats[name], on_report)
+    if HEAD in plan:
+        _compress_weight(model, HEAD, plan[HEAD], None, on_report)
+    return model
 
 
 def check(model: Model, recipe: str, calibration=None) -> None:
     """Refuse at once what `compress`, or the first run of its result, would refuse after a while.
 
-    The methods themselves judge: weight stages try random matrices in place of the smallest weight of every width, and
-    run-time stages generate two tokens with the uncompressed model. Weights of more than a million numbers are not
-    tried, so that this stays a matter of a moment.
+    The methods themselves judge: model stages take the first layer and the first tokens, weight stages try random
+    matrices in place of the smallest weight of every width, and run-time stages generate two tokens with the
+    uncompressed model. Weights of more than a million numbers are not tried, so that this stays a matter of a moment.
 
     Parameters
     ----------
@@ -132,9 +162,13 @@ def check(model: Model, recipe: str, calibration=None) -> None:
     """
     stages = parse(recipe)
     _check_runtime(stages, recipe)
+    _check_calibration(stages, calibration)
+    start = None if calibration is None else np.asarray(calibration)[..., :_TRIED_TOKENS]
+    stub = None
+    for stage in filter(_is_whole, stages):
+        stub = _change_model(stub or _decoded(first_layer(model)), stage, start, None)
     weight_stages = [stage for stage in stages if stage.family in WEIGHT_FAMILIES]
     if weight_stages:
-        _check_calibration(weight_stages, calibration)
         rng = np.random.default_rng(0)
         for name, todo in _smallest_of_every_width(model, _plan(model, weight_stages)).items():
             out, columns = model.weights[name].shape
@@ -142,7 +176,7 @@ def check(model: Model, recipe: str, calibration=None) -> None:
             blind = calibration is None or name in (EMBEDDING, HEAD)
             stats = None if blind else Stats(rng.standard_normal((16, columns), np.float32))
             _compress_weight(stand_in, name, todo, stats, None)
-    if len(stages) > len(weight_stages):
+    if any(stage.family in RUNTIME_FAMILIES for stage in stages):
         for _ in generate_ids(_bind_runtime(model, stages), [0], 2, stop_ids=()):
             pass
 
@@ -176,24 +210,29 @@ def _bind_runtime(model: Model, stages: list[Stage]) -> Model:
     return replace(model, runtime=runtime)
 
 
-def _needs_stats(function: Callable) -> bool:
-    """A weight method whose `stats` has no default cannot do without calibration."""
-    return inspect.signature(function).parameters["stats"].default is inspect.Parameter.empty
+def _needs_calibration(function: Callable) -> bool:
+    """A method whose second parameter (`stats`, `ids`) has no default cannot do without calibration."""
+    _, second, *_ = inspect.signature(function).parameters.values()
+    return second.default is inspect.Parameter.empty
 
 
 def needs_calibration(recipe: str) -> bool:
-    """Whether a weight method of this recipe looks at activations; without one the walk over the text can be saved.
+    """Whether a method of this recipe looks at activations; without one the walk over the text can be saved.
 
     Examples
     --------
     >>> needs_calibration("rtn:bits=4"), needs_calibration("wanda+kivi")
     (False, True)
     """
-    return any(_needs_stats(stage.function) for stage in parse(recipe) if stage.family in WEIGHT_FAMILIES)
+    return any(map(_is_needy, parse(recipe)))
+
+
+def _is_needy(stage: Stage) -> bool:
+    return stage.family not in RUNTIME_FAMILIES and _needs_calibration(stage.function)
 
 
 def _check_calibration(stages: list[Stage], calibration) -> None:
-    needy = [stage.method for stage in stages if _needs_stats(stage.function)]
+    needy = [stage.method for stage in stages if _is_needy(stage)]
     if needy and calibration is None:
         raise ValueError(f"{needy[0]} needs calibration tokens: give --calibration FILE (in Python: calibration=ids)")
 
@@ -209,7 +248,7 @@ def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
             chosen = [n for n in linears + others if fnmatchcase(n, f"*{stage.only}*")]
             if not chosen:
                 raise ValueError(f"only={stage.only} matches no weight; names look like {linears[0]}")
-            blind = [n for n in others if n in chosen and _needs_stats(stage.function)]
+            blind = [n for n in others if n in chosen and _needs_calibration(stage.function)]
             if blind:
                 raise ValueError(f"{stage.method} needs calibration inputs, which {blind[0]} does not have")
         for name in chosen:
@@ -247,7 +286,7 @@ def _inside(record, stage: Stage):
         floats = {n: x for n, x in floats.items() if not is_record(x) and x.dtype.kind == "f"}
     if not floats:
         raise ValueError(f"the weight is already packed as {record.kind}, whose parts cannot be compressed further")
-    if _needs_stats(stage.function):
+    if _needs_calibration(stage.function):
         raise ValueError(f"it needs calibration inputs, which the parts of a {record.kind} record do not have")
     done = {}
     for name, x in floats.items():

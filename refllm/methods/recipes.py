@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-# Families in the order of the taxonomy, with what a stage of each changes.
+# Families in the order of the taxonomy, with what a stage of each changes: a whole model, one weight after another, or
+# one place of `model.runtime`.
+MODEL_FAMILIES = ("transform", "blockwise")
 WEIGHT_FAMILIES = ("quant", "prune", "lowrank")
 RUNTIME_FAMILIES = {"kvcache": "cache_policy", "attention": "attend", "runtime": "generate"}
-FAMILIES = (*WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
+FAMILIES = (*MODEL_FAMILIES, *WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
 
 _SHORT_KEYS = {"group": "group_size"}
 _TEXT_TYPES = {"int", "float", "bool", "str"}
 # Keyword-only parameters that the caller of a family's function fills in, not the recipe.
-_CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng"}
+_CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng", "on_report"}
 
 
 class RecipeError(ValueError):

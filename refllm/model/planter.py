@@ -7,10 +7,9 @@ the rest (Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339); small ones do n
     v -> o   v row of channel c *= s                          o columns that read it /= s, in every head of the group
     q, k     q rows j, j + D/2 *= s, in every head of the group          k rows j, j + D/2 /= s
 
-The pair of a rotary embedding turns together, so both halves take the same factor. Powers of two change only exponents:
-products and sums round as before and the logits agree to the last bits; other factors agree within rounding.
-This is the equivalence SmoothQuant and its relatives use to remove outliers (Xiao et al. 2023, arXiv:2211.10438),
-run backwards.
+These are the steps of refllm.model.equivalent, which SmoothQuant and its relatives use to remove outliers (Xiao et al.
+2023, arXiv:2211.10438), run backwards. Powers of two change only exponents: products and sums round as before and the
+logits agree to the last bits; other factors agree within rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from refllm.model.config import ModelConfig
+from refllm.model.equivalent import HEAD, LAST_NORM, check_dense, divide_keys, divide_norm, divide_values, norm_readers
 from refllm.model.model import Model
 
 KINDS = ("norm", "vo", "qk")
@@ -60,28 +60,23 @@ def plant_outliers(
     """
     _check(model, factors, kinds)
     rng = np.random.default_rng(seed)
-    weights = dict(model.weights)
-    for layer in range(model.config.num_layers):
-        prefix = f"model.layers.{layer}."
+    config, weights = model.config, dict(model.weights)
+    for layer in range(config.num_layers):
         if "norm" in kinds:
-            _plant_norms(weights, prefix, model.config, channels, factors, rng)
+            _plant_norms(weights, layer, config, channels, factors, rng)
         if "vo" in kinds:
-            _plant_value_output(weights, prefix + "self_attn.", model.config, channels, factors, rng)
+            s = _per_head(config.head_dim, channels, config, factors, rng)
+            divide_values(weights, config, layer, 1 / s.ravel())
         if "qk" in kinds:
-            _plant_query_key(weights, prefix + "self_attn.", model.config, channels, factors, rng)
-    if "norm" in kinds and not model.config.tied_embeddings:
-        scale = _factors(model.config.hidden_size, channels, factors, rng)
-        _scale_gain(weights, "model.norm.weight", scale, model.config.norm_offset)
-        _scale(weights, "lm_head.weight", columns=1 / scale)
+            divide_keys(weights, config, layer, _per_head(config.head_dim // 2, channels, config, factors, rng))
+    if "norm" in kinds and not config.tied_embeddings:
+        s = _factors(config.hidden_size, channels, factors, rng)
+        divide_norm(weights, config, LAST_NORM, (HEAD,), 1 / s)
     return replace(model, weights=weights)
 
 
 def _check(model: Model, factors: Sequence[float], kinds: Sequence[str]) -> None:
-    packed = [name for name, weight in model.weights.items() if not isinstance(weight, np.ndarray)]
-    if packed:
-        raise ValueError(
-            f"outliers are planted in dense weights, but {packed[0]} is packed; load the uncompressed model"
-        )
+    check_dense(model, "outliers are planted")
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"unknown outlier kinds {sorted(unknown)}; known: {', '.join(KINDS)}")
     if not all(np.isfinite(factor) and factor > 0 for factor in factors):
@@ -98,48 +93,10 @@ def _factors(size: int, channels: int, factors: Sequence[float], rng: np.random.
     return scale
 
 
-def _scale(weights: dict, name: str, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:
-    """A scaled copy of a weight, and of its bias when rows are scaled; the dtype stays."""
-    weight = weights[name]
-    if rows is not None:
-        weight = weight * rows.astype(weight.dtype)[:, None]
-        bias = name.removesuffix("weight") + "bias"
-        if bias in weights:
-            weights[bias] = weights[bias] * rows.astype(weights[bias].dtype)
-    if columns is not None:
-        weight = weight * columns.astype(weight.dtype)
-    weights[name] = weight
+def _plant_norms(weights, layer, config: ModelConfig, channels, factors, rng) -> None:
+    for norm, linears in norm_readers(config, layer).items():
+        divide_norm(weights, config, norm, linears, 1 / _factors(config.hidden_size, channels, factors, rng))
 
 
-def _scale_gain(weights: dict, name: str, scale: np.ndarray, offset: float) -> None:
-    """The norm multiplies by (offset + gain): that sum takes the factor."""
-    gain = weights[name]
-    weights[name] = ((gain + offset) * scale - offset).astype(gain.dtype)
-
-
-def _plant_norms(weights, prefix, config: ModelConfig, channels, factors, rng) -> None:
-    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-    readers = {
-        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        before_mlp: ("mlp.gate_proj", "mlp.up_proj"),
-    }
-    for norm, linears in readers.items():
-        scale = _factors(config.hidden_size, channels, factors, rng)
-        _scale_gain(weights, f"{prefix}{norm}.weight", scale, config.norm_offset)
-        for linear in linears:
-            _scale(weights, f"{prefix}{linear}.weight", columns=1 / scale)
-
-
-def _plant_value_output(weights, prefix, config: ModelConfig, channels, factors, rng) -> None:
-    D, group = config.head_dim, config.num_heads // config.num_kv_heads
-    scale = np.stack([_factors(D, channels, factors, rng) for _ in range(config.num_kv_heads)])  # [Hk, D]
-    _scale(weights, prefix + "v_proj.weight", rows=scale.ravel())
-    _scale(weights, prefix + "o_proj.weight", columns=1 / np.repeat(scale, group, axis=0).ravel())
-
-
-def _plant_query_key(weights, prefix, config: ModelConfig, channels, factors, rng) -> None:
-    D, group = config.head_dim, config.num_heads // config.num_kv_heads
-    half = np.stack([_factors(D // 2, channels, factors, rng) for _ in range(config.num_kv_heads)])
-    scale = np.concatenate([half, half], axis=1)  # both halves of a rotary pair
-    _scale(weights, prefix + "q_proj.weight", rows=np.repeat(scale, group, axis=0).ravel())
-    _scale(weights, prefix + "k_proj.weight", rows=1 / scale.ravel())
+def _per_head(size, channels, config: ModelConfig, factors, rng) -> np.ndarray:
+    return np.stack([_factors(size, channels, factors, rng) for _ in range(config.num_kv_heads)])

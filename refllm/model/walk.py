@@ -1,6 +1,8 @@
 """walk: one decoder layer after another, with the inputs of its linears, earlier layers already compressed."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +24,13 @@ PROJECTIONS = (
 def layer_linears(layer: int) -> tuple[str, ...]:
     """Weight names of the seven linears of one layer, in the order in which they run."""
     return tuple(f"model.layers.{layer}.{name}.weight" for name in PROJECTIONS)
+
+
+def first_layer(model: Model) -> Model:
+    """The model cut down to its first layer, to try something out."""
+    config = replace(model.config, num_layers=1, sliding_layers=model.config.sliding_layers[:1])
+    others = re.compile(r"model\.layers\.(?!0\.)")
+    return replace(model, config=config, weights={n: w for n, w in model.weights.items() if not others.match(n)})
 
 
 def windows(ids: np.ndarray, length: int) -> np.ndarray:

@@ -14,7 +14,16 @@ import numpy as np
 from refllm.kernels.packed import reference
 from refllm.kernels.packed.encode import encode_gguf as encode_gguf
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.records import BlockSparse, LowRank, Record, Reordered, Sparse24, SparseBitmask, is_record
+from refllm.kernels.packed.records import (
+    BlockSparse,
+    LowRank,
+    Record,
+    Reordered,
+    Sparse24,
+    SparseBitmask,
+    Sum,
+    is_record,
+)
 
 BITS = {"int8": 8, "int4": 4}  # of rounded activations
 ACTIVATIONS = ("float32", *BITS)
@@ -47,7 +56,7 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     activations : str
         float32, or int8 or int4: x is rounded to 8 or 4 bits with one scale per token (per 32 columns beside GGUF
         blocks) wherever the weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float
-        activations; the factors of a LowRank count one by one.
+        activations; the parts of a LowRank or a Sum count one by one.
 
     Returns
     -------
@@ -75,6 +84,9 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     if isinstance(weight, LowRank):
         A, B = weight.factors
         return matmul(matmul(x, B, activations), A, activations)
+    if isinstance(weight, Sum):
+        first, second = weight.terms
+        return matmul(x, first, activations) + matmul(x, second, activations)
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
     flat = x.reshape(-1, x.shape[-1])

@@ -13,6 +13,7 @@ to.
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
     BlockSparse    the kept blocks, one bit per block saying where
     LowRank        two factors; never multiplied out
+    Sum            two weights of one shape, whose products are added
 
 Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
 flattened name of such a part is `values.codes`.
@@ -31,7 +32,7 @@ from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask
+from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
 
 __all__ = [
     "KINDS",
@@ -44,6 +45,7 @@ __all__ = [
     "Reordered",
     "Sparse24",
     "SparseBitmask",
+    "Sum",
     "as_float",
     "from_parts",
     "is_record",
@@ -52,10 +54,10 @@ __all__ = [
     "rows_of",
 ]
 
-Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | BlockSparse | LowRank
+Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | BlockSparse | LowRank | Sum
 KINDS: dict[str, type] = {
     cls.kind: cls
-    for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, BlockSparse, LowRank)
+    for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, BlockSparse, LowRank, Sum)
 }
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
 

@@ -1,4 +1,4 @@
-"""Records of sparse weights (2:4 and bitmask) and of low-rank factors."""
+"""Records of sparse weights (2:4 and bitmask), of low-rank factors and of sums of two weights."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,6 +199,11 @@ class Plain(BaseRecord):
         return self.values[ids].astype(np.float32)
 
 
+def as_factor(part: "np.ndarray | BaseRecord") -> "np.ndarray | BaseRecord":
+    """A stored matrix as products take it: a float32 array, or a record."""
+    return Plain(part) if isinstance(part, np.ndarray) and part.dtype == np.float16 else part
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank(BaseRecord):
     """weight = A B, applied as two products.
@@ -226,8 +231,7 @@ class LowRank(BaseRecord):
     @cached_property
     def factors(self) -> tuple:
         """A and B as products take them: float32 arrays, or records."""
-        half = lambda factor: isinstance(factor, np.ndarray) and factor.dtype == np.float16
-        return tuple(Plain(factor) if half(factor) else factor for factor in (self.A, self.B))
+        return tuple(map(as_factor, (self.A, self.B)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -237,3 +241,39 @@ class LowRank(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
         return rows_of(self.A, ids) @ rows_of(self.B, ALL)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(BaseRecord):
+    """weight = first + second, applied as two products: codes and a low-rank repair, codes and a few kept values.
+
+    Parameters
+    ----------
+    first, second : (out, in) float16 or float32, or a record of that shape
+    """
+
+    first: "np.ndarray | BaseRecord"
+    second: "np.ndarray | BaseRecord"
+    kind: ClassVar[str] = "sum"
+    stored: ClassVar[tuple[str, ...]] = ("first", "second")
+
+    def __post_init__(self):
+        shape = getattr(self.first, "shape", ())
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"first must be a non-empty matrix, got shape {shape}")
+        check_factor("first", self.first, shape)
+        check_factor("second", self.second, shape)
+
+    @cached_property
+    def terms(self) -> tuple:
+        """Both parts as products take them: float32 arrays, or records."""
+        return tuple(map(as_factor, (self.first, self.second)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.first.shape
+
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """Some rows, (k, in) float32."""
+        return rows_of(self.first, ids) + rows_of(self.second, ids)

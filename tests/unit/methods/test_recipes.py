@@ -7,6 +7,7 @@ import pytest
 
 from refllm.methods.recipes import (
     FAMILIES,
+    MODEL_FAMILIES,
     RUNTIME_FAMILIES,
     WEIGHT_FAMILIES,
     RecipeError,
@@ -42,7 +43,7 @@ def test_spaces_and_short_forms():
 def test_every_family_and_every_name_is_reachable_once():
     names = [name for family in FAMILIES for name in import_module(f"refllm.methods.{family}").__all__]
     assert len(names) == len(set(names)) == len(methods())
-    assert set(FAMILIES) == {*WEIGHT_FAMILIES, *RUNTIME_FAMILIES}
+    assert set(FAMILIES) == {*MODEL_FAMILIES, *WEIGHT_FAMILIES, *RUNTIME_FAMILIES}
     for name, (family, function) in methods().items():
         (stage,) = parse(name)
         assert (stage.method, stage.family, stage.function, stage.knobs) == (name, family, function, {})

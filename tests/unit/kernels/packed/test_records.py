@@ -10,6 +10,7 @@ from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.formats.errors import FormatError
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m, keep_top
+from refllm.kernels.packed import matmul
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.records import (
     BlockSparse,
@@ -20,6 +21,7 @@ from refllm.kernels.packed.records import (
     Reordered,
     Sparse24,
     SparseBitmask,
+    Sum,
     as_float,
     from_parts,
     is_record,
@@ -59,6 +61,8 @@ def one_of_each():
         "blocks": BlockSparse.compress(W, np.array([[1, 0, 1], [0, 1, 1]]), (4, 12), "float32"),
         "blocks of int": blocks_of_int(),
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
+        "sum": Sum(W.astype(np.float16), W.copy()),
+        "sum of int and lowrank": Sum(int_weight(W, grid), LowRank(W[:, :2].copy(), W[:2].copy())),
         "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
     }
 
@@ -248,3 +252,21 @@ def test_nesting_is_bounded():
 def test_bad_weights(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_the_products_of_a_sum_are_added(backend, activations, monkeypatch):
+    monkeypatch.setenv("REFLLM_KERNELS", backend)
+    record = one_of_each()["sum of int and lowrank"]
+    x = weight_row("normal", 32, 9)[None]
+    apart = matmul(x, record.first, activations) + matmul(x, record.second, activations)
+    assert np.array_equal(matmul(x, record, activations), apart)
+    np.testing.assert_allclose(matmul(x, record), x @ record.dense().T, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_of_a_sum_have_one_shape():
+    with pytest.raises(ValueError, match=r"second must be .*\(6, 32\)"):
+        Sum(W, W[:, :31].copy())
+    with pytest.raises(ValueError, match="first must be a non-empty matrix"):
+        Sum(W[0], W[0])

@@ -1,0 +1,3 @@
+"""Methods that look at more than one weight at once: `f(model, ids, *, on_report, knobs) -> Model`, packed weights."""
+
+__all__: list[str] = []
