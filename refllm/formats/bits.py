@@ -7,7 +7,8 @@ bits of its last byte are zero.
     bits = 4   byte 0 = code 0 (low nibble), code 1 (high nibble)
     bits = 3   byte 0 = c0 c0 c0 c1 c1 c1 c2 c2   byte 1 = c2 c3 c3 c3 c4 c4 c4 c5   byte 2 = ...   (low bit first)
 
-Eight codes fill exactly `bits` bytes, so the text below handles every width alike: eight codes to a 64-bit word.
+Eight codes fill exactly `bits` bytes, and each of the eight always lies in the same one, two or three of them, so the
+text below handles every width alike.
 """
 
 import numpy as np
@@ -25,8 +26,20 @@ def packed_size(n: int, bits: int) -> int:
 
 
 def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be 1 to 16, got {bits}")
+
+
+def _place(i: int, bits: int) -> tuple[int, int, range]:
+    """Where code i of eight lies: its first byte, the bits below it there, and how many bytes it reaches into.
+
+    Examples
+    --------
+    >>> _place(2, 3), _place(1, 12)
+    ((0, 6, range(0, 2)), (1, 4, range(0, 2)))
+    """
+    byte, below = divmod(i * bits, 8)
+    return byte, below, range((below + bits + 7) // 8)
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -36,7 +49,7 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     ----------
     codes : (..., n) integer, each in [0, 2**bits)
     bits : int
-        1 to 8.
+        1 to 16.
 
     Returns
     -------
@@ -62,12 +75,14 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
         )
     *lead, n = codes.shape
     eights = -(-n // 8)
-    words = np.zeros((*lead, eights), "<u8")
+    stream = np.zeros((*lead, eights, bits), np.uint8)
     for i in range(8):
-        column = codes[..., i::8].astype(np.uint64)
-        words[..., : column.shape[-1]] |= column << np.uint64(i * bits)
-    stream = words.view(np.uint8).reshape(*lead, eights, 8)[..., :bits].reshape(*lead, eights * bits)
-    return np.ascontiguousarray(stream[..., : packed_size(n, bits)])
+        column = codes[..., i::8].astype(np.uint16 if bits <= 8 else np.uint32)
+        byte, below, reach = _place(i, bits)
+        column <<= below
+        for k in reach:
+            stream[..., : column.shape[-1], byte + k] |= (column >> 8 * k).astype(np.uint8)
+    return np.ascontiguousarray(stream.reshape(*lead, eights * bits)[..., : packed_size(n, bits)])
 
 
 def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
@@ -77,13 +92,13 @@ def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     ----------
     packed : (..., ceil(n * bits / 8)) uint8
     bits : int
-        1 to 8.
+        1 to 16.
     n : int
         Codes per row; what the padding bits hold is ignored.
 
     Returns
     -------
-    (..., n) uint8
+    (..., n) uint8, or uint16 for more than 8 bits
 
     Examples
     --------
@@ -99,12 +114,14 @@ def unpack_bits(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     eights = -(-n // 8)
     stream = np.zeros((*lead, eights * bits), np.uint8)
     stream[..., :size] = packed
-    words = np.zeros((*lead, eights, 8), np.uint8)
-    words[..., :bits] = stream.reshape(*lead, eights, bits)
-    words = words.view("<u8")  # [..., eights, 1]
-    codes = np.empty((*lead, eights, 8), np.uint8)
+    stream = stream.reshape(*lead, eights, bits)
+    codes = np.empty((*lead, eights, 8), np.uint8 if bits <= 8 else np.uint16)
     for i in range(8):
-        codes[..., i] = (words[..., 0] >> np.uint64(i * bits)) & np.uint64((1 << bits) - 1)
+        byte, below, reach = _place(i, bits)
+        some = np.zeros((*lead, eights), np.uint16 if bits <= 8 else np.uint32)
+        for k in reach:
+            some |= stream[..., byte + k].astype(some.dtype) << 8 * k
+        codes[..., i] = some >> below & (1 << bits) - 1
     return codes.reshape(*lead, eights * 8)[..., :n]
 
 

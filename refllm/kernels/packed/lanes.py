@@ -82,6 +82,14 @@ def emit_splat(b: ir.IRBuilder, number: ir.Value, count: int = LANES) -> ir.Valu
     return shuffle(b, b.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0)), [0] * count)
 
 
+def emit_together(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Vectors one after another, a power of two of them."""
+    while len(parts) > 1:
+        mask = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [b.shuffle_vector(x, y, mask) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
 @intrinsic
 def word(typing, address, index):
     """The 64-bit integer number `index` of a table."""

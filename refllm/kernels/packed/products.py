@@ -18,7 +18,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed import tables
-from refllm.kernels.packed.lanes import emit_fma, emit_join, emit_load, emit_splat, several
+from refllm.kernels.packed.lanes import emit_fma, emit_join, emit_load, emit_splat, emit_together, several
 from refllm.kernels.packed.simd import (
     F32,
     I8,
@@ -97,14 +97,6 @@ def _in_parts(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     return [shuffle(b, value, list(range(i, i + count))) for i in range(0, value.type.count, count)]
 
 
-def _together(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
-    """Vectors one after another, a power of two of them."""
-    while len(parts) > 1:
-        mask = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-        parts = [b.shuffle_vector(x, y, mask) for x, y in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def _function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type):
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, of), name)
 
@@ -125,7 +117,7 @@ def _shuffle_bytes(b: ir.IRBuilder, instruction: tuple[str, int], table: ir.Valu
     kind = ir.VectorType(I8, count)
     call = _function(b, name, kind, kind, kind)
     parts = zip(_in_parts(b, table, count), _in_parts(b, index, count), strict=True)
-    return _together(b, [b.call(call, part) for part in parts])
+    return emit_together(b, [b.call(call, part) for part in parts])
 
 
 def _look_up_bytes(b: ir.IRBuilder, values: np.ndarray, index: ir.Value) -> ir.Value:
@@ -175,7 +167,7 @@ def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
     pairs = _function(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
     fours = _function(b, "llvm.x86.avx2.pmadd.wd", words, shorts, shorts)
     halves = zip(_in_parts(b, codes, 2 * LANES), _in_parts(b, x, 2 * LANES), strict=True)
-    return _together(b, [b.call(fours, [b.call(pairs, half), constant(shorts, 1)]) for half in halves])
+    return emit_together(b, [b.call(fours, [b.call(pairs, half), constant(shorts, 1)]) for half in halves])
 
 
 def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
@@ -183,7 +175,7 @@ def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.
     words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
     call = _function(b, f"llvm.aarch64.neon.{form}.v4i32.v16i8", words, words, bytes_, bytes_)
     quarters = zip(_in_parts(b, total, 4), _in_parts(b, codes, 16), _in_parts(b, x, 16), strict=True)
-    return _together(b, [b.call(call, quarter) for quarter in quarters])
+    return emit_together(b, [b.call(call, quarter) for quarter in quarters])
 
 
 @cache
@@ -221,7 +213,7 @@ def float_products(form: Form, part: int, parts: int, n: int):
     """
     quads, kind = _quads(part, parts), several(Floats, n)
 
-    activations = _picked_floats if form.sparse == "pairs" else _repeated_floats
+    activations = _picked_floats if form.layout == "pairs" else _repeated_floats
 
     @intrinsic
     def sums_of_products(typing, codes, x, zero, table):
@@ -264,7 +256,7 @@ def _pick(b: ir.IRBuilder, four: ir.Value, index: ir.Value) -> ir.Value:
     floats = ir.VectorType(F32, count)
     permute = _function(b, f"llvm.x86.{name}", floats, floats, ir.VectorType(I32, count))
     some = shuffle(b, four, list(range(4)) * (count // 4))
-    return _together(b, [b.call(permute, [some, part]) for part in _in_parts(b, index, count)])
+    return emit_together(b, [b.call(permute, [some, part]) for part in _in_parts(b, index, count)])
 
 
 @cache
@@ -408,7 +400,7 @@ def _look_up_sixteen(b: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Va
         low, high = (b.call(permute, [half, some]) for half in _in_parts(b, table, 8))
         in_high = b.icmp_unsigned("!=", b.and_(some, constant(numbers, 8)), constant(numbers, 0))
         found.append(b.select(in_high, high, low))
-    return _together(b, found)
+    return emit_together(b, found)
 
 
 def _look_up_many(b: ir.IRBuilder, table: ir.Value, index: ir.Value, mask: int) -> ir.Value:

@@ -8,6 +8,7 @@ to.
     IntWeight      codes on an integer grid, one scale (and zero point) per group
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
+    VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
     Reordered      a record whose columns are stored in another order
     Sparse24       two of every four columns, with 2-bit positions
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
@@ -24,6 +25,7 @@ flattened name of such a part is `values.codes`.
 """
 
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
+from refllm.kernels.packed.vectors import VectorWeight
 
 __all__ = [
     "KINDS",
@@ -46,6 +49,7 @@ __all__ = [
     "Sparse24",
     "SparseBitmask",
     "Sum",
+    "VectorWeight",
     "as_float",
     "from_parts",
     "is_record",
@@ -54,11 +58,19 @@ __all__ = [
     "rows_of",
 ]
 
-Record = IntWeight | GGUFBlocks | CodeWeight | Reordered | Sparse24 | SparseBitmask | BlockSparse | LowRank | Sum
-KINDS: dict[str, type] = {
-    cls.kind: cls
-    for cls in (IntWeight, GGUFBlocks, CodeWeight, Reordered, Sparse24, SparseBitmask, BlockSparse, LowRank, Sum)
-}
+Record = (
+    IntWeight
+    | GGUFBlocks
+    | CodeWeight
+    | VectorWeight
+    | Reordered
+    | Sparse24
+    | SparseBitmask
+    | BlockSparse
+    | LowRank
+    | Sum
+)
+KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
 
 

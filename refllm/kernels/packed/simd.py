@@ -21,11 +21,11 @@ F32, I16, I32, I8 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(8
 
 
 class Vector(types.Type):
-    """The Numba type of an LLVM vector of LANES floats or 32-bit integers."""
+    """The Numba type of an LLVM vector of floats or 32-bit integers."""
 
-    def __init__(self, element: ir.Type):
-        self.llvm = ir.VectorType(element, LANES)
-        super().__init__(name=f"Vector({element} x {LANES})")
+    def __init__(self, element: ir.Type, lanes: int = LANES):
+        self.llvm = ir.VectorType(element, lanes)
+        super().__init__(name=f"Vector({element} x {lanes})")
 
 
 @register_model(Vector)

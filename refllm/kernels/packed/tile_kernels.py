@@ -58,6 +58,7 @@ from refllm.kernels.packed.products import (
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tables import MANY, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
+from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_sums, store_sums, vector_products
 
 # Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
 # take one of 32 registers of AVX-512 and two of the 16 of AVX2.
@@ -73,7 +74,7 @@ SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_po
 
 def _begins(form: Form, integers: bool) -> bool:
     """Whether the sums of a product begin with -offset * (sum of x), so that a constant zero costs nothing."""
-    return integers and form.low == "constant" and form.offset > 0 and form.sparse != "pairs"
+    return integers and form.low == "constant" and form.offset > 0 and form.layout != "pairs"
 
 
 def rounded_kind(per_block: bool, bits: int) -> int:
@@ -88,7 +89,7 @@ def laid_kind(form: Form, kind: int) -> int:
 
 def _products(form: Form, integers: bool, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
-    if form.sparse == "pairs":
+    if form.layout == "pairs":
         return _picked_products(form, integers, n, part)
     parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
@@ -155,7 +156,7 @@ def _run_of_blocks(form: Form, integers: bool, n: int):
     Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
     """
     offset, block_bytes, parts = form.offset, form.block_bytes, form.parts
-    two, pairs = parts == 2, form.sparse == "pairs"
+    two, pairs = parts == 2, form.layout == "pairs"
     (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
     scale_bytes, low_bytes = ROWS * width, ROWS * (2 if minimum else 1)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
@@ -208,10 +209,12 @@ def product_text(form: Form, integers: bool, n: int):
     """
     if form.scale == "levels":
         return _levels_text(form, integers, n)
-    if form.sparse == "bitmask":
+    if form.layout == "bitmask":
         return _bitmask_text(form, n)
-    if form.sparse == "blocks":
+    if form.layout == "blocks":
         return _blocks_text(form, integers, n)
+    if form.layout == "vectors":
+        return _vectors_text(form, n)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
     add_run, load_table, factor = _run_of_blocks(form, integers, n), _load_table(form), form.scale == "ue4m3"
 
@@ -320,6 +323,35 @@ def _bitmask_text(form: Form, n: int):
                         mask += mask_bytes
                         some += x_bytes
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _vectors_text(form: Form, n: int):
+    """product_text where codes name vectors of columns; lanes run along the columns."""
+    rows, codes_of_block, x_bytes = rows_together(n), form.parts * BLOCK // form.columns, n * BLOCK * 4
+    block_bytes, where_bytes = codes_of_block * form.bits // 8, codes_of_block * 4
+    zero_sums, add_products = no_sums(n * rows), vector_products(form, n, rows)
+    add_scaled, store_rows = scale_sums(n, rows), store_sums(n, rows)
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scales, blocks, per = word(weight, 0), word(weight, 1), word(weight, 4), word(weight, 5)
+        table, books = word(weight, 6), word(weight, 9)
+        groups, row_bytes = blocks // per, blocks * block_bytes
+        for panel in range(panels):  # few rows together read the activations often: one panel stays near
+            for row in range(first * ROWS, last * ROWS, rows):
+                total, code, some, where = zero_sums(), codes + row * row_bytes, x + panel * blocks * x_bytes, books
+                scale = scales + 4 * (row // ROWS * ROWS * groups + row % ROWS)
+                for _ in range(groups):
+                    sums = zero_sums()
+                    for _ in range(per):
+                        sums = add_products(sums, code, row_bytes, some, table, where)
+                        code += block_bytes
+                        some += x_bytes
+                        where += where_bytes
+                    total = add_scaled(total, sums, scale)
+                    scale += 4 * ROWS
+                store_rows(y + panel * n * stride + 4 * row, stride, total)
 
     return tile_product
 

@@ -29,6 +29,7 @@ from refllm.kernels.packed.tiling import (
     tile_floats,
     tile_numbers,
 )
+from refllm.kernels.packed.vectors import VectorWeight
 
 MOST_COLUMNS = 1 << 20
 PART = 1 << 19  # weights tiled at a time
@@ -70,9 +71,11 @@ def form_of(weight) -> Form | None:
         return Form(8 * weight.values.itemsize, "float", table=tables.of_floats(weight.values.dtype))
     if isinstance(weight, SparseBitmask) and isinstance(weight.values, np.ndarray):
         dtype = weight.values.dtype
-        return Form(8 * dtype.itemsize, "none", table=tables.of_floats(dtype), sparse="bitmask")
+        return Form(8 * dtype.itemsize, "none", table=tables.of_floats(dtype), layout="bitmask")
     if isinstance(weight, BlockSparse):
         return _blocks_form(weight)
+    if isinstance(weight, VectorWeight):
+        return _vectors_form(weight)
     return _int_form(weight) if isinstance(weight, IntWeight) else None
 
 
@@ -84,21 +87,33 @@ def _blocks_form(weight: BlockSparse) -> Form | None:
     if not values.shape[0]:
         return None
     if isinstance(values, np.ndarray):
-        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), sparse="blocks")
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), layout="blocks")
     form = form_of(values)
-    if form is None or form.scale in ("levels", "ue4m3") or form.sparse:
+    if form is None or form.scale in ("levels", "ue4m3") or form.layout:
         return None
-    return replace(form, sparse="blocks")
+    return replace(form, layout="blocks")
+
+
+def _vectors_form(weight: VectorWeight) -> Form | None:
+    """Where blocks are whole vectors, and groups of scales whole blocks."""
+    _, books, _, d = weight.codebooks.shape
+    groups = 1 if weight.scale is None else weight.scale.shape[1]
+    if d not in (2, 4, 8, 16, 32) or (groups > 1 and weight.columns // groups % BLOCK):
+        return None
+    if weight.codebooks.nbytes >= 1 << 32:
+        return None
+    table = tables.of_floats(weight.codebooks.dtype)
+    return Form(8 if weight.bits <= 8 else 16, "float", parts=books, table=table, layout="vectors", columns=d)
 
 
 def _pairs_form(weight: Sparse24) -> Form | None:
     values = weight.values
     if isinstance(values, np.ndarray):
-        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), sparse="pairs")
+        return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), layout="pairs")
     form = form_of(values)
     if form is None or form.scale == "levels" or form.low not in ("constant", "zero"):
         return None
-    return None if form.sparse else replace(form, sparse="pairs")
+    return None if form.layout else replace(form, layout="pairs")
 
 
 def _int_form(weight: IntWeight) -> Form | None:
@@ -133,7 +148,7 @@ def tiles_of(weight) -> Tiles | None:
         form = form_of(weight)
         if form is None:
             return None
-        make = {"bitmask": _tile_bitmask, "blocks": _tile_blocks}.get(form.sparse, _tile)
+        make = {"bitmask": _tile_bitmask, "blocks": _tile_blocks, "vectors": _tile_vectors}.get(form.layout, _tile)
         _made[weight] = make(weight, form)
     return _made[weight]
 
@@ -153,7 +168,7 @@ def _tile(weight, form: Form) -> Tiles:
     codes, scale, low, tops, factor = made
     values = None
     if form.table in (tables.SIXTEEN, tables.MANY):
-        values = code_tiles.lookup_values(weight.values if form.sparse else weight)
+        values = code_tiles.lookup_values(weight.values if form.layout else weight)
     per = codes.shape[1] * form.parts // scale.shape[1]
     return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
 
@@ -186,7 +201,7 @@ def _row_parts(shape: tuple[int, int]) -> list[slice]:
 def _tile_blocks(weight: BlockSparse, form: Form) -> Tiles:
     """The tiles of the kept blocks, in the order in which rows of tiles meet them."""
     inner = Plain(weight.values) if isinstance(weight.values, np.ndarray) else weight.values
-    made, mask, high = _tile(inner, replace(form, sparse="")), weight.mask(), weight.block_rows // ROWS
+    made, mask, high = _tile(inner, replace(form, layout="")), weight.mask(), weight.block_rows // ROWS
     tile = np.arange(-(-weight.out // ROWS))
     row, inside = np.divmod(tile, high)
     number = np.cumsum(mask).reshape(mask.shape) - 1  # of the kept blocks
@@ -200,6 +215,19 @@ def _tile_blocks(weight: BlockSparse, form: Form) -> Tiles:
         for a in (made.codes, made.scale, made.low)
     )
     return replace(made, form=form, codes=codes, scale=scale, low=low, shape=weight.shape, first=first, where=where)
+
+
+def _tile_vectors(weight: VectorWeight, form: Form) -> Tiles:
+    """Codes of whole bytes; rows and columns filled up with the code 0 of the first book."""
+    (out, columns), (_, books, vectors, d) = weight.shape, weight.codebooks.shape
+    blocks = -(-columns // BLOCK)
+    edges = (0, -out % ROWS), (0, blocks * (BLOCK // d) - columns // d), (0, 0)
+    codes = np.pad(weight.unpacked(), edges).reshape(-(-out // ROWS), ROWS, -1)
+    scale = np.ones((out, 1)) if weight.scale is None else weight.scale
+    where = (weight.spans[:, None] * books + np.arange(books)) * (vectors * d * weight.codebooks.itemsize)
+    where = np.pad(where, edges[1:]).astype(np.uint32).ravel()
+    scale, values = tile_numbers(scale.astype(np.float32)), np.ascontiguousarray(weight.codebooks)
+    return Tiles(form, codes, scale, None, None, weight.shape, blocks // scale.shape[1], values, where=where)
 
 
 def _tile_bitmask(weight: SparseBitmask, form: Form) -> Tiles:

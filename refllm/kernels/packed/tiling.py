@@ -53,12 +53,16 @@ class Form:
         Scales of a block: 1, or 2 where 16 columns share one.
     table : str
         A name of tables.py; "" where codes are numbers.
-    sparse : str
-        "" nothing is left out. "pairs" (2:4): what stands here of columns is said of the kept half of them; behind the
+    layout : str
+        "" as drawn above. "pairs" (2:4): what stands here of columns is said of the kept half of them; behind the
         codes of 32 kept columns lie their places among four, as codes of 2 bits. "bitmask": a block is 32 masks of
         16 bits, the rows kept of each column; `scale` says where in `values` the block's numbers begin, which lie
         column by column. "blocks": the kept blocks of a row of tiles lie one after another; `first` and `where` say
-        which they are.
+        which they are. "vectors": codes name vectors of `columns` columns, `parts` of them are added; a row of codes
+        as a VectorWeight has them, of 8 or 16 bits, lies behind the other, and `where` says where in `values` the
+        book of every code of a row begins.
+    columns : int
+        Of the vector that a code names.
     """
 
     bits: int
@@ -67,7 +71,8 @@ class Form:
     offset: int = 0
     parts: int = 1
     table: str = ""
-    sparse: str = ""
+    layout: str = ""
+    columns: int = 1
 
     @property
     def width(self) -> int:
@@ -87,15 +92,16 @@ class Form:
     @property
     def block_bytes(self) -> int:
         """Bytes from block to block."""
-        if self.sparse == "bitmask":
+        if self.layout == "bitmask":
             return ROWS * BLOCK // 8
-        return self.code_bytes + (ROWS * BLOCK // 4 if self.sparse == "pairs" else 0)
+        return self.code_bytes + (ROWS * BLOCK // 4 if self.layout == "pairs" else 0)
 
     @property
     def key(self) -> str:
         """A name for file names."""
         key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
-        return "_".join([key, *filter(None, (self.table, self.sparse))])
+        width = str(self.columns) if self.columns > 1 else ""
+        return "_".join([key, *filter(None, (self.table, self.layout, width))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +121,14 @@ class Tiles:
     per : int
         Blocks that share a scale.
     values : (16 or 256,) float32, or (kept + 16,) float16 or float32, or None
-        The table where it is one of floats; the numbers beside a bitmask, and some behind them that may be read.
+        The table where it is one of floats; the numbers beside a bitmask, and some behind them that may be read;
+        codebooks of vectors.
     factor : (tiles, 16) float32, or None
         What a row's product is multiplied with in the end, beside ue4m3 scales.
     first : (tiles + 1,) uint32, or None
         Kept blocks: where those of each tile begin. `codes`, `scale` and `low` then have one of them a row.
     where : (kept,) uint32, or None
-        The block of activations that a kept block begins with.
+        The block of activations that a kept block begins with. Of vectors: (codes of a row,), a book's first byte.
     """
 
     form: Form

@@ -16,22 +16,25 @@ def test_bit_order_drawn_by_hand():
     assert pack_bits(np.array([[0xA, 0xB, 0xC]]), 4).tolist() == [[0xBA, 0x0C]]
     assert pack_bits(np.array([1, 0, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [1, 1]
     assert pack_bits(np.array([7, 255]), 8).tolist() == [7, 255]
+    assert pack_bits(np.array([0xABC, 0x123]), 12).tolist() == [0xBC, 0x3A, 0x12]
+    assert pack_bits(np.array([0xABCD]), 16).tolist() == [0xCD, 0xAB]
 
 
 @PROPERTY
-@given(st.integers(1, 8), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 70), st.integers(0, 2**16))
+@given(st.integers(1, 16), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 70), st.integers(0, 2**16))
 def test_round_trip(bits, lead, n, seed):
-    codes = np.random.default_rng(seed).integers(0, 1 << bits, (*lead, n), dtype=np.uint8)
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (*lead, n), dtype=dtype)
     packed = pack_bits(codes, bits)
     assert packed.dtype == np.uint8 and packed.shape == (*lead, packed_size(n, bits)) == (*lead, -(-n * bits // 8))
     unpacked = unpack_bits(packed, bits, n)
-    assert unpacked.dtype == np.uint8 and np.array_equal(unpacked, codes)
+    assert unpacked.dtype == dtype and np.array_equal(unpacked, codes)
     if packed.size:
         assert padding_is_zero(packed, bits, n)
 
 
 @PROPERTY
-@given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**16))
+@given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 2**16))
 def test_every_code_stands_where_the_stream_says(bits, n, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, n)
     stream = int.from_bytes(pack_bits(codes, bits).tobytes(), "little")
@@ -60,7 +63,8 @@ def test_what_padding_holds_is_ignored_but_found():
         (lambda: pack_bits(np.array([-1]), 2), r"\[0, 3\]"),
         (lambda: pack_bits(np.array([0.5]), 2), "integer"),
         (lambda: pack_bits(np.array(1), 2), "integer array"),
-        (lambda: pack_bits(np.array([1]), 9), "bits must be 1 to 8"),
+        (lambda: pack_bits(np.array([1]), 17), "bits must be 1 to 16"),
+        (lambda: pack_bits(np.array([4096]), 12), r"\[0, 4095\]"),
         (lambda: unpack_bits(np.zeros(2, np.uint8), 4, 5), "5 codes of 4 bits need uint8 rows of 3 bytes"),
         (lambda: unpack_bits(np.zeros(3, np.int8), 4, 5), "uint8"),
         (lambda: unpack_bits(np.zeros(1, np.uint8), 0, 5), "bits must be"),

@@ -11,7 +11,7 @@ from refllm.formats import tensors
 from refllm.formats.errors import FormatError
 from refllm.formats.tensors import read_safetensors, write_safetensors
 from refllm.formats.tokenizer import Tokenizer
-from refllm.kernels.packed.records import is_record, meta, parts
+from refllm.kernels.packed.records import VectorWeight, is_record, meta, parts
 from refllm.methods.apply import compress
 from refllm.model.llama import forward
 from refllm.model.native import load_native, save_native
@@ -59,6 +59,20 @@ def test_every_record_comes_back_bit_for_bit(recipe, tmp_path):
     back = load_native(tmp_path / "m")
     assert_same_weights(model.weights, back.weights)
     assert (back.config, back.name, back.recipe) == (model.config, model.name, model.recipe)
+    np.testing.assert_array_equal(forward(back, IDS), forward(model, IDS))
+
+
+def test_vectors_of_codebooks_come_back(tmp_path):
+    model, rng = random_model(), np.random.default_rng(0)
+    for layer in range(model.config.num_layers):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        rows, columns = model.weights[name].shape
+        codes = rng.integers(0, 300, (rows, columns // 4, 2))
+        books = rng.standard_normal((2, 2, 300, 4), np.float32).astype(np.float16)
+        model.weights[name] = VectorWeight.pack(codes, books, np.ones((rows, 1), np.float16))
+    save_native(model, tmp_path / "m")
+    back = load_native(tmp_path / "m")
+    assert_same_weights(model.weights, back.weights)
     np.testing.assert_array_equal(forward(back, IDS), forward(model, IDS))
 
 

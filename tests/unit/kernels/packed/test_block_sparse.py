@@ -20,7 +20,7 @@ from tests.unit.kernels.packed.test_tiling import int_weight
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 70))
 BLOCKS = [(16, 32), (16, 64), (32, 32), (48, 96)]  # which tiles make up
-GRIDS = {"S4": (SymmetricGrid, 4), "A4": (AffineGrid, 4), "A8": (AffineGrid, 8)}
+GRIDS = {"S4": (SymmetricGrid, 4, 32), "A4": (AffineGrid, 4, 16), "A8": (AffineGrid, 8, -1)}  # bits, group
 FLOATS, CODES = ("float16", "float32"), ("NF4", "FP8_E4M3FN")
 
 
@@ -59,8 +59,7 @@ def kept_blocks(draw, values):
         stored[rng.random(shape) < 0.1] = -0.0
         stored = stored.astype(values)
     elif values in GRIDS:
-        grid, bits = GRIDS[values]
-        group = draw(st.sampled_from([-1, 0, 16, 32]))
+        grid, bits, group = GRIDS[values]
         stored = int_weight(grid(bits, group), *shape, seed, draw(st.booleans()))
     else:
         stored = draw(code_weights(values, shape[1], rows=shape[0]))
@@ -73,7 +72,7 @@ def kept_blocks(draw, values):
 def test_products_within_the_bound(values, data):
     weight = data.draw(kept_blocks(values))
     x = data.draw(tokens_and(weight.columns))
-    assert tiles_of(weight).form.sparse == "blocks"
+    assert tiles_of(weight).form.layout == "blocks"
     with np.errstate(all="ignore"):
         W = weight.dense()
     largest = float(np.abs(W).max())
@@ -92,8 +91,8 @@ def whole(values, seed):
     rng = np.random.default_rng(seed)
     mask = rng.random((3, 4)) < 0.5
     mask[0] = np.arange(4) % 2
-    grid, bits = GRIDS[values]
-    inner = int_weight(grid(bits, -1), int(mask.sum()) * 16, 32, seed)
+    grid, bits, group = GRIDS[values]
+    inner = int_weight(grid(bits, group), int(mask.sum()) * 16, 32, seed)
     inner = replace(inner, scale=np.ones_like(inner.scale))
     return BlockSparse(inner, pack_bits(mask.astype(np.uint8), 1), 40, 128, 16, 32)
 

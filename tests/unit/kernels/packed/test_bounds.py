@@ -16,6 +16,7 @@ from refllm.kernels.packed import fast, tile_kernels
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.records import BlockSparse, CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
+from refllm.kernels.packed.records import VectorWeight
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -36,14 +37,15 @@ def tight(tiles):
     names = "codes", "scale", "low", "tops", "values", "factor", "first", "where"
     return replace(tiles, **{name: guarded(getattr(tiles, name)) for name in names})
 
-def check_tiles(weight, W):
+def check_tiles(weight, W, counts=(1, 13)):
     tiles = tiles_of(weight)
-    for tokens in (1, 13) if tiles else ():
+    for tokens in counts if tiles else ():
         x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
         for kind in range(3) if tiles.form.has_integers else (tile_kernels.FLOAT,):
             product = fast.tile_matmul(guarded(x), tight(tiles), kind)
             assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 
+MANY = "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K", "NVFP4"  # many tokens, too: each way of reading scales
 rng = np.random.default_rng(0)
 row, groups = SymmetricGrid(4, -1), AffineGrid(4, 32)
 for grid, columns in ((row, 37), (groups, 160), (AffineGrid(8, 32), 96), (SymmetricGrid(3, -1), 37)):
@@ -62,13 +64,13 @@ for name, layout in blocks.BLOCKS.items():
     out = guarded(np.ones((2, layout.block_size), np.float32))
     fast.decoder(GGUFBlocks(data, name, layout.block_size))(0, 2, out)
     assert np.isfinite(out).all()
-    check_tiles(GGUFBlocks(data, name, layout.block_size), out)
+    check_tiles(GGUFBlocks(data, name, layout.block_size), out, (1, 13) if name in MANY else (1,))
 W = rng.standard_normal((19, 112)).astype(np.float32)
 for weight in (blockwise(W, block=16), fp8_blocks(W), nvfp4(W), blockwise(W, "FP4_BNB", block=112, double_quant=True)):
-    check_tiles(weight, W)
+    check_tiles(weight, W, (1,))
 for table, bits in (("DYNAMIC8", 8), ("FP6_E2M3", 6), ("BINARY", 1)):
     codes = rng.integers(0, 1 << bits, (19, 37)).astype(np.uint8)
-    check_tiles(CodeWeight.pack(codes, None, table, (1, 37)), W[:, :37])
+    check_tiles(CodeWeight.pack(codes, None, table, (1, 37)), W[:, :37], (1,) if bits == 6 else (1, 13))
 for columns in (32, 36, 96):
     indices = np.resize(np.uint8([0x4E, 0xC9]), (19, -(-columns // 8)))
     indices[:, -1] &= 0xFF if columns % 8 == 0 else 0x0F
@@ -80,6 +82,11 @@ for columns in (32, 36, 96):
 for dtype in ("float16", "float32"):
     for columns in (1, 37, 96):
         check_tiles(SparseBitmask.compress(W[:, :columns], rng.random((19, columns)) < 0.5, dtype), W[:, :columns])
+for spans, books, d, vectors, dtype in ((1, 2, 8, 40, "float16"), (10, 1, 4, 257, "float16"), (1, 1, 8, 9, "float32")):
+    codes = rng.integers(0, vectors, (19, 40 // d, books))
+    codes[-1] = vectors - 1
+    books = rng.standard_normal((spans, books, vectors, d)).astype(dtype)
+    check_tiles(VectorWeight.pack(codes, books, np.ones((19, 1), np.float32)), W[:, :40])
 kept = np.resize(W, (32, 64))
 for stored in (kept.astype(np.float16), GGUFBlocks(blocks.Q8_0.encode(kept), "Q8_0", 64)):
     check_tiles(BlockSparse(stored, np.uint8([[2], [1]]), 19, 128, 16, 64), np.resize(W, (19, 128)))

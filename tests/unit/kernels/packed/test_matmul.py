@@ -7,7 +7,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m
 from refllm.kernels.packed import backend, matmul, reference, rows
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
-from refllm.kernels.packed.records import LowRank, Sparse24
+from refllm.kernels.packed.records import LowRank, Sparse24, Sum
 from tests.strategies import activation_row, gamma, weight_row
 from tests.unit.kernels.packed.test_records import int_weight, one_of_each
 
@@ -39,8 +39,8 @@ def test_product_equals_the_dense_matrix(kernels, name, tokens):
 @pytest.mark.parametrize("name", one_of_each())
 def test_int8_activations_equal_rounded_activations(kernels, name):
     weight = one_of_each()[name]
-    if isinstance(weight, LowRank):
-        pytest.skip("the activations between the factors are rounded too: test_lowrank_is_two_products")
+    if isinstance(weight, (LowRank, Sum)):
+        pytest.skip("activations are rounded for each part: test_lowrank_is_two_products, test_sum_is_both_products")
     y = matmul(X, weight, "int8")
     has_codes = "int" in name or name == "gguf"
     codes, scale = quantize_activations(X, 32 if name == "gguf" else 0)
@@ -55,12 +55,17 @@ def test_lowrank_is_two_products(kernels):
     assert np.array_equal(matmul(X, weight, "int8"), matmul(matmul(X, B, "int8"), A, "int8"))
 
 
+def test_sum_is_both_products(kernels):
+    weight = one_of_each()["sum of int and lowrank"]
+    assert np.array_equal(matmul(X, weight, "int8"), matmul(X, weight.first, "int8") + matmul(X, weight.second, "int8"))
+
+
 def test_float64_stays_float64_throughout(kernels):
     for weight in (W.astype(np.float64), *one_of_each().values()):
         dense = weight if isinstance(weight, np.ndarray) else weight.dense().astype(np.float64)
         y = matmul(X.astype(np.float64), weight)
         assert y.dtype == np.float64
-        if not isinstance(weight, LowRank):
+        if not isinstance(weight, (LowRank, Sum)):
             assert np.allclose(y, X.astype(np.float64) @ dense.T, rtol=1e-13, atol=1e-9)
 
 

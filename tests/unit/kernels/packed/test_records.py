@@ -22,6 +22,7 @@ from refllm.kernels.packed.records import (
     Sparse24,
     SparseBitmask,
     Sum,
+    VectorWeight,
     as_float,
     from_parts,
     is_record,
@@ -58,6 +59,12 @@ def one_of_each():
         "sparse24 of int": Sparse24(int_weight(sparse.values.astype(np.float32), grid), sparse.indices, 32),
         "bitmask": SparseBitmask.compress(W, keep_top(np.abs(W), 0.7), "float32"),
         "bitmask of int": bitmask_of_int(),
+        "vectors": VectorWeight.pack(
+            np.arange(48).reshape(6, 4, 2) % 6, W[:, :16].reshape(1, 2, 6, 8), W[:, :1].copy()
+        ),
+        "vectors of spans": VectorWeight.pack(
+            np.arange(48).reshape(6, 8, 1) % 12, W[:, :16].reshape(2, 1, 12, 4), None
+        ),
         "blocks": BlockSparse.compress(W, np.array([[1, 0, 1], [0, 1, 1]]), (4, 12), "float32"),
         "blocks of int": blocks_of_int(),
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
