@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from refllm.kernels.packed.ordered import gram
+
 
 class Stats:
     """Inputs of one linear layer, and their sums, computed when first asked for.
@@ -61,6 +63,5 @@ class Stats:
 
     @cached_property
     def H(self) -> np.ndarray:
-        """X^T X, (in, in) float64, not divided by n."""
-        X = self.X.astype(np.float64)
-        return X.T @ X
+        """X^T X, (in, in) float64, not divided by n; the same bits on every machine (refllm.kernels.packed.ordered)."""
+        return gram(self.X)
