@@ -14,11 +14,19 @@ from refllm.evaluate.golden.suite import default_root, read_suites, suite_names
 from tests import (
     golden_mutants,
     golden_mutants_checkpoints,
+    golden_mutants_codebooks,
     golden_mutants_gguf,
     golden_mutants_methods,
     golden_mutants_numbers,
 )
 
+MUTANTS = (
+    golden_mutants_methods,
+    golden_mutants_numbers,
+    golden_mutants_gguf,
+    golden_mutants_checkpoints,
+    golden_mutants_codebooks,
+)
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]
 # (suite, mistake) -> the flag that must be among the failing ones; None is no mistake.
@@ -28,7 +36,7 @@ BUGS = {
 } | {
     (suite.name, bug): flag
     for suite in SUITES
-    for module in (golden_mutants_methods, golden_mutants_numbers, golden_mutants_gguf, golden_mutants_checkpoints)
+    for module in MUTANTS
     for bug, flag in module.BUGS.get(suite.manifest["op"], {}).items()
 }
 # Mistakes that only cases about them may show: their failures lie within these flags.
@@ -54,13 +62,8 @@ ONLY = {
 
 def failures(suite_name, bug):
     chosen = [suite for suite in SUITES if suite.name == suite_name]
-    mutants = golden_mutants if suite_name.startswith("quant/rtn") else golden_mutants_methods
-    if chosen[0].manifest["op"] in golden_mutants_numbers.BUGS:
-        mutants = golden_mutants_numbers
-    if chosen[0].manifest["op"] in golden_mutants_gguf.BUGS:
-        mutants = golden_mutants_gguf
-    if chosen[0].manifest["op"] in golden_mutants_checkpoints.BUGS:
-        mutants = golden_mutants_checkpoints
+    op = chosen[0].manifest["op"]
+    mutants = next((module for module in MUTANTS if op in module.BUGS), golden_mutants)
     return [r for r in run(chosen, python_call(mutants.mutant(bug))) if r.status != "pass"]
 
 

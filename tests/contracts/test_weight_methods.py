@@ -22,6 +22,8 @@ VARIANTS = {
         dict(bits=2, group_size=0),
         dict(bits=4, scale_dtype="float32"),
     ),
+    "nf4": (dict(block_size=32), dict(double_quant=False), dict(block_size=4096)),
+    "fp4": (dict(block_size=32), dict(double_quant=False)),
     "magnitude": (dict(per_row=True), dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.9)),
     "wanda": (dict(pattern="2:4"), dict(pattern="1:4"), dict(sparsity=0.9), dict(dtype="float32")),
     "svd": (dict(rank=3), dict(ratio=1.0), dict(dtype="float32")),
@@ -182,9 +184,10 @@ def test_weights_that_are_not_finite_are_refused(name, knobs, value):
 
 
 def baseline_of(name):
-    """The recipe that the module's `Baseline:` line names; None where it says none."""
-    module = inspect.getmodule(methods()[name][1])
-    line = re.search(r"^Baseline: (.+)$", module.__doc__, re.MULTILINE)
+    """The recipe that the method's or else its module's `Baseline:` line names; None where it says none."""
+    function = methods()[name][1]
+    module = inspect.getmodule(function)
+    line = re.search(r"^Baseline: (.+)$", f"{inspect.getdoc(function)}\n{module.__doc__}", re.MULTILINE)
     assert line, f"{module.__name__} has no line Baseline: RECIPE (or: none, why)"
     return None if line[1].startswith("none") else line[1]
 

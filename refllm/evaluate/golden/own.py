@@ -49,6 +49,18 @@ def _rtn(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return outputs | {"zero_point": zero_point, "packed_zero_point": record.zero_point}
 
 
+def _blockwise(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.records import is_record
+    from refllm.methods.quant.nf4 import fp4, nf4
+
+    record = {"nf4": nf4, "fp4": fp4}[params["table"]](w, **{k: v for k, v in params.items() if k != "table"})
+    outputs = {"codes": record.unpacked(), "w_hat": record.dense()}
+    if not is_record(record.scale):
+        return outputs | {"absmax": record.scale[0]}
+    inner = record.scale
+    return outputs | {"absmax": inner.unpacked()[0], "nested_absmax": inner.scale[0], "offset": inner.offset}
+
+
 def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, np.ndarray]:
     from refllm.kernels.packed import matmul
     from refllm.kernels.packed.records import IntWeight
@@ -269,6 +281,7 @@ _LAST_BELOW_1 = 1 - 2.0**-53
 _OPS = {
     "quant.rtn": _rtn,
     "quant.rtn.matmul": _rtn_matmul,
+    "quant.blockwise": _blockwise,
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,

@@ -1,5 +1,7 @@
 """Quantization of weights: `f(W, stats, *, knobs) -> packed record`."""
 
+from refllm.methods.quant.nf4 import fp4 as fp4
+from refllm.methods.quant.nf4 import nf4 as nf4
 from refllm.methods.quant.rtn import rtn as rtn
 
-__all__ = ["rtn"]
+__all__ = ["fp4", "nf4", "rtn"]

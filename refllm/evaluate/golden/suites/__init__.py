@@ -5,6 +5,7 @@ number at a time, rounding exactly where the definition rounds; it must not call
 """
 
 from refllm.evaluate.golden.suites import (
+    blockwise,
     checkpoint_bitsandbytes,
     checkpoint_compressed,
     checkpoint_gptq,
@@ -28,6 +29,7 @@ from refllm.evaluate.golden.suites import (
 GENERATORS = (
     rtn.suite,
     rtn_matmul.suite,
+    blockwise.suite,
     magnitude.suite,
     wanda.suite,
     svd.suite,

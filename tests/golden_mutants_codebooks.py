@@ -1,0 +1,105 @@
+"""Plain NumPy implementations of the ops of codebook methods, with one mistake at a time switched on.
+
+BUGS: {op: {mistake: the flag that must be among the failing ones}}. `mutant(None)` has no mistake.
+"""
+
+import numpy as np
+
+from refllm.formats.checkpoints.dynamic_map import dynamic_map
+from refllm.formats.dtypes import FP4_BNB, NF4
+
+BUGS = {
+    "quant.blockwise": {
+        "blocks_per_row": "FlatBlocks",
+        "mirrored_table": "Table",
+        "e2m1": "Table",
+        "ties_upper": "Midpoint",
+        "divides": "Reciprocal",
+        "tail_in_the_block_before": "ShortBlock",
+        "no_floor": "ZeroBlock",
+        "no_offset": "DoubleQuant",
+        "half_the_map": "DoubleQuant",
+        "no_finite_check": "NonFinite",
+        "no_params_check": "BadParams",
+        "flattens": "BadShape",
+        "last_pair_swapped": "Random",
+    },
+}
+
+
+def mutant(bug):
+    """An implementation `f(op, params, inputs)` of all these ops with one mistake, or none."""
+
+    def implementation(op, params, inputs):
+        with np.errstate(all="ignore"):
+            return _OPS[op](bug, op, params, **inputs)
+
+    return implementation
+
+
+def require(condition, bug, check):
+    if not condition and bug != check:
+        raise ValueError(check)
+
+
+# --- nf4, fp4 --------------------------------------------------------------------------------------------------------
+
+
+def blockwise(bug, op, params, w):
+    if bug == "flattens":
+        w = np.atleast_2d(w)
+    require(w.ndim == 2, bug, "flattens")
+    require(np.isfinite(w).all(), bug, "no_finite_check")
+    block = params["block_size"]
+    require(block in (32, 64, 128), bug, "no_params_check")
+    block, w = max(block, 1), np.nan_to_num(w, posinf=1, neginf=-1)
+    values = (NF4 if params["table"] == "nf4" else FP4_BNB).values
+    if bug == "mirrored_table":
+        values = np.where(values == 0, 0, -values[::-1]) if params["table"] == "nf4" else values
+    if bug == "e2m1" and params["table"] == "fp4":
+        values = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]) / np.float32(6)
+    pieces = [w.ravel()] if bug != "blocks_per_row" else list(w)
+    codes, absmax, scale_of = [], [], []
+    for piece in pieces:
+        starts = list(range(0, piece.size, block))
+        if bug == "tail_in_the_block_before" and piece.size % block and len(starts) > 1:
+            starts.pop()
+        for first, end in zip(starts, [*starts[1:], piece.size], strict=True):
+            part = piece[first:end]
+            largest = np.abs(part).max()
+            floor = largest if bug == "no_floor" else np.maximum(largest, np.float32(1e-38))
+            multiplied = part.size >= block and bug != "divides"
+            x = np.clip(part * (np.float32(1) / floor) if multiplied else part / floor, -1, 1)
+            codes.append(nearest(bug, x, values))
+            scale_of.append(np.full(part.size, len(absmax)))
+            absmax.append(largest if part.size >= block else floor)
+    codes = np.concatenate(codes).reshape(w.shape)
+    if bug == "last_pair_swapped" and w.size > 100:
+        codes[-1, -2:] = codes[-1, -2:][::-1].copy()
+    out, scale = scales(bug, params, np.float32(absmax))
+    w_hat = values[codes] * scale[np.concatenate(scale_of)].reshape(w.shape)
+    return out | {"codes": codes, "w_hat": w_hat.astype(np.float32)}
+
+
+def nearest(bug, x, values):
+    ordered, first = np.unique(values, return_index=True)
+    middles = (ordered[1:] + ordered[:-1]) / np.float32(2)
+    place = np.searchsorted(middles, x, side="right" if bug == "ties_upper" else "left")
+    return first[np.minimum(place, len(ordered) - 1)].astype(np.uint8)
+
+
+def scales(bug, params, absmax):
+    if not params["double_quant"]:
+        return {"absmax": absmax}, absmax
+    offset = np.float32(0 if bug == "no_offset" else absmax.astype(np.float64).mean())
+    centred = absmax - offset
+    table = np.abs(dynamic_map()) if bug == "half_the_map" else dynamic_map()
+    table = np.sort(table)
+    nested = np.abs(centred).max()
+    middles = (table[1:] + table[:-1]) / np.float32(2)
+    codes = np.searchsorted(middles, centred * (np.float32(1) / np.maximum(nested, np.float32(1e-38))))
+    out = {"absmax": codes.astype(np.uint8), "nested_absmax": np.float32([nested]), "offset": np.float32([offset])}
+    return out, table[codes] * nested + offset
+
+
+_OPS = {"quant.blockwise": blockwise}

@@ -1,0 +1,216 @@
+"""k-means: against loops and against every partition there is, ties and empty clusters by rule, bits pinned."""
+
+import hashlib
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.kernels.kmeans import exact_1d, kmeans, lloyd_1d, nearest, nearest_1d
+from tests.strategies import PROPERTY, SEEDS
+
+
+def objective(x, weights, centres):
+    """Per row, of the nearest centres."""
+    off = np.take_along_axis(centres, nearest_1d(x, centres).astype(np.intp), axis=1) - x
+    return (weights * off**2).sum(axis=1)
+
+
+def row_problem(seed, rows=4, n=9, zero_weights=True):
+    """Rows with equal numbers, weights of very different size, and weights of 0."""
+    rng = np.random.default_rng(seed)
+    x = np.where(rng.random((rows, n)) < 0.3, rng.integers(-2, 3, (rows, n)), rng.normal(size=(rows, n)))
+    weights = np.exp(3 * rng.normal(size=(rows, n)))
+    if zero_weights:
+        weights[rng.random((rows, n)) < 0.3] = 0
+    return x, weights
+
+
+def slow_lloyd(x, weights, centres, iterations):
+    """One row, one point at a time, in fractions."""
+    centres = sorted(map(Fraction, centres))
+    points = sorted(zip(map(Fraction, x), map(Fraction, weights), strict=True), key=lambda pair: pair[0])
+    for _ in range(iterations):
+        clusters = [[] for _ in centres]
+        for value, weight in points:
+            code = sum(value > (a + b) / 2 for a, b in itertools.pairwise(centres))
+            clusters[code].append((value, weight))
+        sums = [sum(w for _, w in cluster) for cluster in clusters]
+        means = [
+            sum(v * w for v, w in cluster) / total if total > 0 else centre
+            for cluster, total, centre in zip(clusters, sums, centres, strict=True)
+        ]
+        if 0 in sums:
+            far = [(w * (v - m) ** 2, v) for cluster, m in zip(clusters, means, strict=True) for v, w in cluster]
+            largest = max(far, key=lambda pair: pair[0])
+            if largest[0] > 0:
+                means[sums.index(0)] = largest[1]
+        centres = sorted(means)
+    return list(map(float, centres))
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 6), st.integers(0, 6))
+def test_lloyd_equals_the_loops(seed, K, iterations):
+    x, weights = row_problem(seed, zero_weights=seed % 2 == 0)
+    weights[weights.sum(axis=1) == 0] = 1
+    start = np.random.default_rng(seed + 1).normal(size=(len(x), K))
+    ours = lloyd_1d(x, weights, start, iterations)
+    slow = [slow_lloyd(*row, iterations) for row in zip(x, weights, start, strict=True)]
+    np.testing.assert_allclose(ours, slow, rtol=1e-9, atol=1e-9)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 5))
+def test_exact_equals_every_partition(seed, K):
+    x, weights = row_problem(seed, rows=2, n=7)
+    found = objective(x, weights, exact_1d(x, weights, K))
+    for row in range(len(x)):
+        order = np.argsort(x[row])
+        values, w = x[row, order], weights[row, order]
+        least = np.inf
+        for cuts in itertools.combinations(range(1, 7), min(K, 7) - 1):
+            parts = itertools.pairwise((0, *cuts, 7))
+            error = 0.0
+            for a, b in parts:
+                mean = np.average(values[a:b], weights=w[a:b]) if w[a:b].any() else 0.0
+                error += np.sum(w[a:b] * (values[a:b] - mean) ** 2)
+            least = min(least, error)
+        assert found[row] == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 8))
+def test_steps_never_raise_the_objective_and_never_beat_the_optimum(seed, K):
+    x, weights = row_problem(seed, n=20)
+    start = np.random.default_rng(seed).normal(size=(len(x), K))
+    errors = [objective(x, weights, lloyd_1d(x, weights, start, n)) for n in (0, 1, 2, 5, 50)]
+    assert all((b <= a + 1e-9).all() for a, b in itertools.pairwise(errors))
+    assert (objective(x, weights, exact_1d(x, weights, K)) <= errors[-1] + 1e-9).all()
+
+
+def test_by_hand():
+    # 1 is halfway between 0 and 2: the lower cluster takes it.
+    assert nearest_1d(np.array([[1.0, -5, 9]]), np.array([[0.0, 2.0]])).tolist() == [[0, 0, 1]]
+    # Middles 5 and 15: the clusters are {0, 4}, {10}, {20}.
+    x, one = np.array([[0.0, 4, 10, 20]]), np.ones((1, 4))
+    assert lloyd_1d(x, one, np.array([[0.0, 10, 20]])).tolist() == [[2.0, 10.0, 20.0]]
+    # Nothing is near 100: that centre moves to the point farthest from its mean, 20 (from 8.5 of {0, 4, 10, 20}).
+    assert lloyd_1d(x, one, np.array([[0.0, 100]]), 1).tolist() == [[8.5, 20.0]]
+    assert lloyd_1d(x, one, np.array([[0.0, 100]])).tolist() == [[14 / 3, 20.0]]
+    # A weight of 0 pulls nothing; one of 3 counts three times.
+    assert lloyd_1d(x, np.array([[1.0, 3, 0, 0]]), np.array([[0.0]])).tolist() == [[3.0]]
+
+
+def test_fewer_numbers_than_centres():
+    x, one = np.array([[3.0, 3.0, 5.0]]), np.ones((1, 3))
+    for centres in (exact_1d(x, one, 4), lloyd_1d(x, one, np.zeros((1, 4)))):
+        assert set(centres[0]) >= {3.0, 5.0} and objective(x, one, centres) == 0
+    nothing = np.zeros((1, 3))
+    assert np.isfinite(exact_1d(x, nothing, 2)).all()
+    assert lloyd_1d(x, nothing, np.array([[1.0, 2.0]])).tolist() == [[1.0, 2.0]]
+
+
+def test_weights_that_vanish_beside_others():
+    """The difference of two sums of prefixes says nothing of them: their centre is free for the others."""
+    x, weights = np.array([[0.0, 1.0, 100.0, 101.0]]), np.array([[1e15, 1e15, 1e-15, 1e-15]])
+    start = np.array([[0.0, 100.0]])
+    centres = lloyd_1d(x, weights, start)
+    assert centres.tolist() == [[0.0, 1.0]] and objective(x, weights, centres) < objective(x, weights, start)
+
+
+# --- vectors
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 4))
+def test_nearest_equals_the_loops_and_the_kernel(seed, n, K, d):
+    rng = np.random.default_rng(seed)
+    X, centres = rng.integers(-2, 3, (n, d)) / 2.0, rng.integers(-2, 3, (K, d)) / 2.0  # many ties
+    if seed % 2:
+        X += rng.normal(size=X.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        found = {}
+        for kernels in ("numpy", "numba"):
+            patch.setenv("REFLLM_KERNELS", kernels)
+            found[kernels] = nearest(X, centres)
+    for i, x in enumerate(X):
+        squares = []
+        for centre in centres:
+            total = 0.0
+            for a, b in zip(x.tolist(), centre.tolist(), strict=True):
+                total += (a - b) * (a - b)
+            squares.append(total)
+        for codes, distance in found.values():
+            assert codes[i] == squares.index(min(squares)) and distance[i] == min(squares)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 12))
+def test_vectors_never_get_worse_with_more_steps(seed, K):
+    rng = np.random.default_rng(seed)
+    X, weights = rng.normal(size=(30, 3)), rng.random(30)
+    errors = []
+    for iterations in (0, 1, 3, 20):
+        centres, codes = kmeans(X, K, np.random.default_rng(seed), weights, iterations)
+        np.testing.assert_array_equal(codes, nearest(X, centres)[0])
+        errors.append((weights * ((X - centres[codes]) ** 2).sum(axis=1)).sum())
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(errors))
+
+
+def test_seeds_are_points_and_differ():
+    X = np.arange(10.0)[:, None]
+    centres, _ = kmeans(X, 10, np.random.default_rng(3), iterations=0)
+    assert sorted(centres[:, 0]) == list(range(10))  # a point that is a centre is never drawn again
+    weights = np.where(np.arange(10) < 3, 1.0, 0.0)
+    assert kmeans(X, 3, np.random.default_rng(3), weights, 0)[0].max() <= 2
+
+
+def test_as_many_centres_as_vectors_that_differ_lose_nothing():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(8, 2))
+    X = points[rng.integers(8, size=50)]
+    centres, codes = kmeans(X, 8, rng)
+    np.testing.assert_allclose(centres[codes], X, rtol=1e-15)
+    centres, codes = kmeans(np.ones((4, 2)), 3, rng)  # fewer than asked for
+    np.testing.assert_array_equal(centres[codes], np.ones((4, 2)))
+
+
+def test_an_empty_cluster_moves_to_the_farthest_vector():
+    """Seeds 0, 0.5, 1 of weight 1 and a far cloud without a seed cannot stay: one centre goes there."""
+    X = np.concatenate([np.zeros((5, 1)), np.full((5, 1), 10.0), np.full((1, 1), 12.0)])
+    for seed in range(20):
+        centres, codes = kmeans(X, 3, np.random.default_rng(seed))
+        np.testing.assert_array_equal(centres[codes], X)
+
+
+def test_bad_input_is_named():
+    rng = np.random.default_rng(0)
+    for X, K, weights in (
+        (np.ones(3), 1, None),
+        (np.ones((0, 2)), 1, None),
+        (np.ones((2, 2)), 0, None),
+        (np.ones((2, 2)), 1, np.ones(3)),
+        (np.ones((2, 2)), 1, np.array([-1.0, 2])),
+        (np.ones((2, 2)), 1, np.zeros(2)),
+    ):
+        with pytest.raises(ValueError, match="k-means needs"):
+            kmeans(X, K, rng, weights)
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_bits_are_the_same_everywhere(kernels, monkeypatch):
+    """No sum goes through BLAS or changes its order with a vector unit's width, so these hold on any machine."""
+    monkeypatch.setenv("REFLLM_KERNELS", kernels)
+    rng = np.random.default_rng(7)
+    X = rng.integers(-1000, 1000, (300, 4)) / 256.0
+    centres, codes = kmeans(X, 16, np.random.default_rng(1), rng.integers(1, 9, 300) / 4.0)
+    x, weights = X.reshape(4, 300), rng.integers(0, 9, (4, 300)) / 4.0
+    on_lines = lloyd_1d(x, weights, np.tile(np.linspace(-4, 4, 8), (4, 1)))
+    digest = hashlib.sha256()
+    for array in (centres, codes, on_lines, nearest_1d(x, on_lines), exact_1d(x, weights, 8)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    assert digest.hexdigest()[:16] == "d997495ce13b0f26"
