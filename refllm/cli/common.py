@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import sys
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def add_activations(parser) -> None:
 
 def load_model(args, *, dtype: str = "float32"):
     """The model of the arguments, compressed by --recipe and run with --activations where the command has them."""
-    from refllm.methods.apply import compress, load, needs_calibration
+    from refllm.methods.apply import compress, load, needs_calibration, with_activations
     from refllm.methods.recipes import parse
 
     recipe = getattr(args, "recipe", "none")
@@ -130,8 +129,7 @@ def load_model(args, *, dtype: str = "float32"):
     model = load(args.model, dtype=dtype)
     if stages:
         model = compress(model, recipe, calibration_ids(args, model) if needs_calibration(recipe) else None)
-    activations = getattr(args, "activations", "float32")
-    return replace(model, runtime=replace(model.runtime, activations=activations))
+    return with_activations(model, getattr(args, "activations", "float32"))
 
 
 def calibration_ids(args, model):

@@ -6,7 +6,6 @@ the comparison with the base, whose log-probabilities are far larger, comes last
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from refllm.evaluate.compare import as_text
 from refllm.evaluate.measure import divergence, kv_bytes_per_token, log_probabilities, measure_speed
 from refllm.evaluate.perplexity import plan, token_nll, window_logits
 from refllm.formats.process import peak_rss_bytes
-from refllm.methods.apply import load
+from refllm.methods.apply import load, with_activations
 from refllm.model.model import Model
 
 HALF_ABOVE = 256 << 20  # bytes of float32 log-probabilities above which they are kept as float16
@@ -30,8 +29,7 @@ def measure(job: dict) -> dict:
         As `refllm.evaluate.compare` writes it: folder, ids, base, is_base, protocol, starts, window, prompt_tokens,
         new_tokens, repeats, activations.
     """
-    model = load(job["folder"])
-    model = replace(model, runtime=replace(model.runtime, activations=job["activations"]))
+    model = with_activations(load(job["folder"]), job["activations"])
     ids = np.load(job["ids"])
     speed = measure_speed(model, ids[: job["prompt_tokens"]], job["new_tokens"], job["repeats"])
     costs = {

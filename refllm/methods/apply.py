@@ -2,8 +2,9 @@
 
 Stages run in the order of the recipe. Model stages (transforms, methods that look at a whole block) take the model and
 return another. Neighbouring weight stages walk the layers together, with calibration inputs collected once per layer,
-earlier layers already compressed; each linear is handed to them in turn and its packed record takes its place. Run-time
-stages (cache, attention, generation) are bound to the model's `runtime`.
+earlier layers already compressed; each linear is handed to them in turn and its packed record takes its place, and
+finishing stages are handed that record and the weight it stands for. Run-time stages (activations, cache, attention,
+generation) are bound to the model's `runtime`.
 """
 
 import inspect
@@ -18,7 +19,15 @@ import numpy as np
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.records import LowRank, Sparse24, SparseBitmask, is_record
 from refllm.kernels.stats import Stats
-from refllm.methods.recipes import MODEL_FAMILIES, RUNTIME_FAMILIES, WEIGHT_FAMILIES, RecipeError, Stage, parse
+from refllm.methods.recipes import (
+    FINISH,
+    MODEL_FAMILIES,
+    RUNTIME_FAMILIES,
+    WEIGHT_FAMILIES,
+    RecipeError,
+    Stage,
+    parse,
+)
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
 from refllm.model.model import Model
@@ -206,14 +215,24 @@ def _bind_runtime(model: Model, stages: list[Stage]) -> Model:
     runtime = model.runtime
     for stage in stages:
         if stage.family in RUNTIME_FAMILIES:
-            runtime = replace(runtime, **{RUNTIME_FAMILIES[stage.family]: partial(stage.function, **stage.knobs)})
+            bound = partial(stage.function, **stage.knobs)
+            if stage.family == "activations":  # a value, not a call: kernels must know it beforehand
+                bound = bound()
+            runtime = replace(runtime, **{RUNTIME_FAMILIES[stage.family]: bound})
     return replace(model, runtime=runtime)
 
 
+def with_activations(model: Model, activations: str) -> Model:
+    """The model with the inputs of packed weights rounded so, unless its recipe says how they are."""
+    if model.runtime.activations != "float32":
+        return model
+    return replace(model, runtime=replace(model.runtime, activations=activations))
+
+
 def _needs_calibration(function: Callable) -> bool:
-    """A method whose second parameter (`stats`, `ids`) has no default cannot do without calibration."""
-    _, second, *_ = inspect.signature(function).parameters.values()
-    return second.default is inspect.Parameter.empty
+    """A method whose parameter `stats` or `ids` has no default cannot do without calibration."""
+    parameters = inspect.signature(function).parameters
+    return (parameters.get("stats") or parameters["ids"]).default is inspect.Parameter.empty
 
 
 def needs_calibration(recipe: str) -> bool:
@@ -260,10 +279,13 @@ def _compress_weight(model, name, stages, stats, on_report) -> None:
     original = model.weights[name]
     dense = _dense(original)
     # Codes (of a GGUF file, say) are decoded and coded anew; sparse and low-rank weights keep their form.
-    record = original if isinstance(original, _FLOAT_PARTS) else dense
+    keeps = isinstance(original, _FLOAT_PARTS) or stages[0].family == FINISH
+    record = original if keeps else dense
     for stage in stages:
         try:
-            if is_record(record):
+            if stage.family == FINISH:
+                record = _finish(record, dense, stats, stage)
+            elif is_record(record):
                 record = _inside(record, stage)
             else:
                 record = stage.function(_dense(record), stats, **stage.knobs)
@@ -272,6 +294,12 @@ def _compress_weight(model, name, stages, stats, on_report) -> None:
     model.weights[name] = record
     if on_report is not None:
         on_report(report(name, dense, record, stats))
+
+
+def _finish(record, dense: np.ndarray, stats, stage: Stage):
+    if not is_record(record):
+        raise ValueError("it follows a stage that packs, such as rtn; the weight is an array of floats")
+    return stage.function(record, dense, stats, **stage.knobs)
 
 
 def _inside(record, stage: Stage):

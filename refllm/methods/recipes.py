@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-# Families in the order of the taxonomy, with what a stage of each changes: a whole model, one weight after another, or
-# one place of `model.runtime`.
+# Families in the order of the taxonomy, with what a stage of each changes: a whole model, one weight after another (the
+# last of them take a weight that is packed), or one place of `model.runtime`.
 MODEL_FAMILIES = ("transform", "blockwise")
-WEIGHT_FAMILIES = ("quant", "prune", "lowrank")
-RUNTIME_FAMILIES = {"kvcache": "cache_policy", "attention": "attend", "runtime": "generate"}
+FINISH = "finish"
+WEIGHT_FAMILIES = ("quant", "prune", "lowrank", FINISH)
+RUNTIME_FAMILIES = {
+    "activations": "activations", "kvcache": "cache_policy", "attention": "attend", "runtime": "generate",
+}  # fmt: skip
 FAMILIES = (*MODEL_FAMILIES, *WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
 
 _SHORT_KEYS = {"group": "group_size"}

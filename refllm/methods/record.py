@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.kernels.packed import matmul
+from refllm.kernels.packed.inputs import RoundedInputs
 from refllm.kernels.stats import Stats
 
 
@@ -25,7 +27,8 @@ class Report:
     weight_error : float
         ||W - W'||^2 / ||W||^2, Frobenius.
     output_error : float or None
-        ||X (W - W')^T||^2 / ||X W^T||^2 on the calibration inputs X; None without calibration.
+        ||X (W - W')^T||^2 / ||X W^T||^2 on the calibration inputs X, rounded where the record says that its inputs
+        are; None without calibration.
     """
 
     name: str
@@ -49,7 +52,10 @@ def report(name: str, W: np.ndarray, record, stats: Stats | None = None) -> Repo
     error = W.astype(np.float64) - record.dense()
     output_error = None
     if stats is not None:
-        output_error = _ratio(_output_energy(error, stats), _output_energy(W.astype(np.float64), stats))
+        changed = _output_energy(error, stats)
+        if isinstance(record, RoundedInputs):
+            changed = np.sum((stats.X @ W.T - matmul(stats.X, record)).astype(np.float64) ** 2)
+        output_error = _ratio(changed, _output_energy(W.astype(np.float64), stats))
     return Report(
         name,
         W.shape,

@@ -11,7 +11,7 @@ side.
 
 import numpy as np
 
-from refllm.kernels.packed import BITS, backend, has_codes, rows
+from refllm.kernels.packed import ACTIVATIONS, BITS, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
 from refllm.kernels.rope import cos_sin
@@ -37,6 +37,8 @@ def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled 
         How many are to come. Many need every linear of the layers packed: for float32 ones BLAS is the faster way.
     """
     if backend() != "numba" or model.runtime.attend is not None or (cache is None and tokens == 1):
+        return None
+    if model.runtime.activations not in ACTIVATIONS:
         return None
     if tokens > 1 and not all(is_record(model.weights[name]) for name in _linears(model)):
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from refllm.kernels.packed.activations import Rounding
 from refllm.model.config import ModelConfig
 
 
@@ -16,15 +17,15 @@ class Runtime:
         Same call as `refllm.kernels.attention.attend`.
     cache_policy : callable, optional
         `policy(layer) -> store`, see `refllm.model.cache`.
-    activations : "float32", "int8" or "int4"
-        How `matmul` treats the activations of packed weights.
+    activations : "float32", "int8", "int4" or Rounding
+        How `refllm.kernels.packed.matmul` treats the activations of packed weights.
     generate : callable, optional
         Same call as `refllm.model.sample.generate_ids`: speculative decoding and its kin.
     """
 
     attend: Callable | None = None
     cache_policy: Callable | None = None
-    activations: str = "float32"
+    activations: str | Rounding = "float32"
     generate: Callable | None = None
 
 

@@ -11,8 +11,10 @@ import os
 
 import numpy as np
 
-from refllm.kernels.packed import reference
+from refllm.kernels.packed import reference, rounded
+from refllm.kernels.packed.activations import Rounding
 from refllm.kernels.packed.encode import encode_gguf as encode_gguf
+from refllm.kernels.packed.inputs import RoundedInputs, TokenInputs
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.records import (
     BlockSparse,
@@ -46,17 +48,18 @@ def has_codes(weight: object) -> bool:
     return isinstance(inner, (IntWeight, GGUFBlocks))
 
 
-def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float32") -> np.ndarray:
+def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Rounding = "float32") -> np.ndarray:
     """x @ weight.T for any weight.
 
     Parameters
     ----------
     x : (..., in) float32 or float64
     weight : (out, in) array or record
-    activations : str
+    activations : str or Rounding
         float32, or int8 or int4: x is rounded to 8 or 4 bits with one scale per token (per 32 columns beside GGUF
-        blocks) wherever the weight is stored as codes. Weights stored as floats (dense, sparse, low-rank) keep float
-        activations; the parts of a LowRank or a Sum count one by one.
+        blocks) wherever the weight is stored as codes; or what a Rounding says. Weights stored as floats (dense,
+        sparse, low-rank) keep float activations; the parts of a LowRank or a Sum count one by one. A record that says
+        how its inputs are rounded (inputs.py) is taken at its word.
 
     Returns
     -------
@@ -65,14 +68,14 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
     Raises
     ------
     ValueError
-        The widths differ, or activations is none of the three.
+        The widths differ, or activations is none of these.
 
     Examples
     --------
     >>> matmul(np.ones((1, 2), np.float32), np.array([[1, 2], [3, 4], [5, 6]], np.float32)).tolist()
     [[3.0, 7.0, 11.0]]
     """
-    if activations not in ACTIVATIONS:
+    if activations not in ACTIVATIONS and not isinstance(activations, Rounding):
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     x = np.asarray(x)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -89,12 +92,20 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str = "float
         return matmul(x, first, activations) + matmul(x, second, activations)
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
+    if isinstance(weight, TokenInputs) and weight.form in BITS and isinstance(weight.weight, IntWeight):
+        return matmul(x, weight.weight, weight.form)
     flat = x.reshape(-1, x.shape[-1])
-    bits = BITS.get(activations) if has_codes(weight) else None
     text = reference
     if x.dtype == np.float32 and backend() == "numba":
         from refllm.kernels.packed import fast as text  # imports numba: a dense model does without
-    y = text.matmul_float(flat, weight) if bits is None else text.matmul_rounded(flat, weight, bits)
+    if isinstance(weight, RoundedInputs):
+        y = rounded.matmul_inputs(flat, weight, text)
+    elif activations == "float32" or not has_codes(weight):
+        y = text.matmul_float(flat, weight)
+    elif isinstance(activations, Rounding):
+        y = rounded.matmul_tokens(flat, weight, activations, text)
+    else:
+        y = text.matmul_rounded(flat, weight, BITS[activations])
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from refllm.kernels.grids import PER_TENSOR
-from refllm.kernels.packed import decode_kernels
+from refllm.kernels.packed import decode_kernels, reference
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
 from refllm.kernels.packed.compile import compile_kernel
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
@@ -22,6 +22,7 @@ from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.threads import over_rows
 from refllm.kernels.packed.tile_kernels import (
     FLOAT,
+    KINDS,
     TOKENS,
     laid_kind,
     lay_out_address,
@@ -182,6 +183,34 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
         return tile_matmul(x, tiles, rounded_kind(per_block, bits))
     codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0, bits)
     return matmul_float(dequantize_activations(codes, scale), weight)
+
+
+def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
+    """reference.codes_times. Kernels take codes of -127 to 127; the few that reach -128 have the readable text."""
+    tiles = tiles_of(weight)
+    if not tiles or not tiles.form.has_integers or x_codes.min() == -128:
+        return reference.codes_times(x_codes, weight)
+    tokens, n = len(x_codes), 1 if len(x_codes) <= FEW_TOKENS else TOKENS
+    panels = -(-tokens // n)
+    x, sums = _laid_codes(x_codes, tiles, panels, n)
+    scale = np.ones((panels, tiles.blocks, n), np.float32)
+    y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
+    product, stride = _product(tiles.form, True, n), y.strides[0]
+    target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
+    over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n)
+    return y[:tokens, : tiles.shape[0]]
+
+
+def _laid_codes(x_codes: np.ndarray, tiles: Tiles, panels: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and their sums as tile_kernels.lay_out_text leaves them."""
+    tokens, columns = x_codes.shape
+    padded = np.zeros((panels * n, tiles.blocks * BLOCK), np.int8)
+    padded[:tokens, :columns] = x_codes
+    x = np.ascontiguousarray(padded.reshape(panels, n, tiles.blocks, BLOCK).swapaxes(1, 2))  # [panel, block, n, 32]
+    halves = x.reshape(*x.shape[:3], 2, BLOCK // 2).sum(axis=-1, dtype=np.int32)
+    sums = np.stack([halves.sum(axis=-1, dtype=np.int32), halves[..., 0], halves[..., 1]], axis=2)
+    offset = laid_kind(tiles.form, rounded_kind(False, 8)) >> KINDS
+    return x, -offset * sums if offset else sums.astype(np.float32)
 
 
 def flat(array: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ to.
     BlockSparse    the kept blocks, one bit per block saying where
     LowRank        two factors; never multiplied out
     Sum            two weights of one shape, whose products are added
+    TokenInputs, StaticInputs, OutlierInputs
+                   a record, and how its inputs are rounded
 
 Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
 flattened name of such a part is `values.codes`.
@@ -33,6 +35,7 @@ from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
+from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
 from refllm.kernels.packed.vectors import VectorWeight
@@ -44,11 +47,14 @@ __all__ = [
     "GGUFBlocks",
     "IntWeight",
     "LowRank",
+    "OutlierInputs",
     "Record",
     "Reordered",
     "Sparse24",
     "SparseBitmask",
+    "StaticInputs",
     "Sum",
+    "TokenInputs",
     "VectorWeight",
     "as_float",
     "from_parts",
@@ -69,6 +75,9 @@ Record = (
     | BlockSparse
     | LowRank
     | Sum
+    | TokenInputs
+    | StaticInputs
+    | OutlierInputs
 )
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end
@@ -87,7 +96,7 @@ def parts(record: Record) -> dict[str, np.ndarray]:
 
 
 def meta(record: Record) -> dict:
-    """The fields that are not arrays: int and str, and a dict with its own `kind` for each nested record."""
+    """The fields that are not arrays: int, float and str, and a dict with its own `kind` for each nested record."""
     plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in record.stored}
     nested = {name: getattr(record, name) for name in record.stored if is_record(getattr(record, name))}
     return plain | {name: {"kind": inner.kind, **meta(inner)} for name, inner in nested.items()}
@@ -127,8 +136,8 @@ def from_parts(kind: str, parts: dict[str, np.ndarray], meta: dict, *, _depth: i
         raise FormatError(f"{kind}: {error}") from None
 
 
-def _plain(kind: str, meta: dict, name: str, wanted: type) -> int | str:
-    """One int or str field."""
+def _plain(kind: str, meta: dict, name: str, wanted: type) -> int | float | str:
+    """One int, float or str field."""
     value = meta.get(name)
     if type(value) is not wanted:
         raise FormatError(f"{kind}: meta {name!r} must be {wanted.__name__}, got {value!r}")

@@ -54,15 +54,26 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 
 def _int_times_int(x: np.ndarray, weight: IntWeight, bits: int) -> np.ndarray:
     codes, x_scale = quantize_activations(x.astype(np.float32), 0, bits)
-    y = np.empty((x.shape[0], weight.shape[0]), np.float32)
+    with np.errstate(invalid="ignore"):
+        return (codes_times(codes, weight) * x_scale).astype(x.dtype)
+
+
+def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
+    """x_codes W^T: (tokens, in) int8 -> (tokens, out) float32.
+
+    IntWeight: sums of whole numbers inside each group, then the groups in order, each times its scale. Other records
+    are decoded.
+    """
+    if not isinstance(weight, IntWeight):
+        return matmul_float(x_codes.astype(np.float32), weight)
+    y = np.empty((len(x_codes), weight.shape[0]), np.float32)
     for block in row_blocks(weight.shape, BLOCK_ELEMENTS // 4):
-        sums, scale = group_sums(codes, weight, block)
-        total = np.zeros((x.shape[0], sums.shape[1]), np.float32)
+        sums, scale = group_sums(x_codes, weight, block)
+        total = np.zeros((len(x_codes), sums.shape[1]), np.float32)
         for g in range(sums.shape[2]):
             total += sums[:, :, g].astype(np.float32) * scale[:, g].astype(np.float32)
         y[:, block] = total
-    with np.errstate(invalid="ignore"):
-        return (y * x_scale).astype(x.dtype)
+    return y
 
 
 def group_sums(x_codes: np.ndarray, weight: IntWeight, ids: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -263,7 +263,7 @@ def describe(record: Record) -> str:
         "bitmask": "sparse values",
         "lowrank": "two factors",
     }
-    return f"{record.table} codes" if record.kind == "codes" else text[record.kind]
+    return f"{record.table} codes" if record.kind == "codes" else text.get(record.kind, record.kind)
 
 
 def reading(path: object, module: str, error: ValueError) -> FormatError:

@@ -18,11 +18,17 @@ from refllm.kernels.packed.records import (
     GGUFBlocks,
     IntWeight,
     LowRank,
+    OutlierInputs,
     Reordered,
     Sparse24,
     SparseBitmask,
+    StaticInputs,
     Sum,
+<<<<<<< HEAD
     VectorWeight,
+=======
+    TokenInputs,
+>>>>>>> 914e6eb (Rounded activations as stages: dynamic per token at run time, static with a calibrated scale stored beside the weight)
     as_float,
     from_parts,
     is_record,
@@ -70,8 +76,15 @@ def one_of_each():
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
         "sum": Sum(W.astype(np.float16), W.copy()),
         "sum of int and lowrank": Sum(int_weight(W, grid), LowRank(W[:, :2].copy(), W[:2].copy())),
+        "token inputs": TokenInputs(int_weight(W, grid), "e4m3"),
+        "static inputs": StaticInputs(int_weight(W, grid), *static_scale(), 8),
+        "outlier inputs": OutlierInputs(int_weight(W, grid), np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
         "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
     }
+
+
+def static_scale():
+    return np.float32([[0.1]]), np.uint8([[7]])
 
 
 def blocks_of_int():

@@ -1,0 +1,5 @@
+"""What is added to a packed weight: `f(record, W, stats, *, knobs) -> record`, W being what was packed."""
+
+from refllm.methods.finish.static import static as static
+
+__all__ = ["static"]
