@@ -188,7 +188,7 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
 def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     """reference.codes_times. Kernels take codes of -127 to 127; the few that reach -128 have the readable text."""
     tiles = tiles_of(weight)
-    if not tiles or not tiles.form.has_integers or x_codes.min() == -128:
+    if not tiles or not tiles.form.has_integers or (x_codes == -128).any():
         return reference.codes_times(x_codes, weight)
     tokens, n = len(x_codes), 1 if len(x_codes) <= FEW_TOKENS else TOKENS
     panels = -(-tokens // n)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from refllm.kernels.packed.activations import Rounding
-from refllm.kernels.packed.base import ALL, FLOATS, BaseRecord, check_array
+from refllm.kernels.packed.base import FLOATS, BaseRecord, check_array
 
 E4M3 = "e4m3"
 FORMS = {f"int{bits}": Rounding(bits) for bits in range(2, 9)}

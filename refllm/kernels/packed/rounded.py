@@ -49,7 +49,7 @@ def _scaled(steps, scale, zero, weight, text: ModuleType) -> np.ndarray:
     if zero is None:
         y = times(steps, weight, text)
     else:
-        y = times(np.concatenate([steps, np.ones_like(steps[:1])]), weight, text)
+        y = times(np.concatenate([steps, np.ones((1, steps.shape[1]), steps.dtype)]), weight, text)
         y = y[:-1] - zero * y[-1]
     with np.errstate(invalid="ignore"):
         return y * scale

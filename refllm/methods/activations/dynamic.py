@@ -1,7 +1,7 @@
 """dynamic: round the inputs of packed weights at run time, every token with a scale of its own (W8A8, W4A4).
 
     symmetric    s_t = ratio amax_t / (2^(b-1) - 1)      q = clip(rint(x / s_t))
-    affine       s_t = ratio (hi_t - lo_t) / (2^b - 1)   q = clip(rint(x / s_t) + z_t)      z_t = rint(-ratio lo_t / s_t)
+    affine       s_t = ratio (hi_t - lo_t) / (2^b - 1)   q = clip(rint(x / s_t) + z_t)   z_t = rint(-ratio lo_t / s_t)
 
     Y = s_t s_o (q_x q_w^T - z_t sum_k q_w)
 

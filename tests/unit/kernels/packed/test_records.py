@@ -24,11 +24,8 @@ from refllm.kernels.packed.records import (
     SparseBitmask,
     StaticInputs,
     Sum,
-<<<<<<< HEAD
-    VectorWeight,
-=======
     TokenInputs,
->>>>>>> 914e6eb (Rounded activations as stages: dynamic per token at run time, static with a calibrated scale stored beside the weight)
+    VectorWeight,
     as_float,
     from_parts,
     is_record,
@@ -76,15 +73,18 @@ def one_of_each():
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
         "sum": Sum(W.astype(np.float16), W.copy()),
         "sum of int and lowrank": Sum(int_weight(W, grid), LowRank(W[:, :2].copy(), W[:2].copy())),
-        "token inputs": TokenInputs(int_weight(W, grid), "e4m3"),
-        "static inputs": StaticInputs(int_weight(W, grid), *static_scale(), 8),
-        "outlier inputs": OutlierInputs(int_weight(W, grid), np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
         "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
     }
 
 
-def static_scale():
-    return np.float32([[0.1]]), np.uint8([[7]])
+def one_of_each_with_rounded_inputs():
+    """Their products are those of other inputs: test_inputs.py."""
+    weight, scale, zero_point = int_weight(W, SymmetricGrid(4, 8)), np.float32([[0.1]]), np.uint8([[7]])
+    return one_of_each() | {
+        "token inputs": TokenInputs(weight, "e4m3"),
+        "static inputs": StaticInputs(weight, scale, zero_point, 8),
+        "outlier inputs": OutlierInputs(weight, np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
+    }
 
 
 def blocks_of_int():
@@ -98,9 +98,9 @@ def bitmask_of_int():
     return SparseBitmask(int_weight(W[:, ::4], SymmetricGrid(8, -1)), plain.bitmask, plain.row_offsets, 32)
 
 
-@pytest.mark.parametrize("name", one_of_each())
+@pytest.mark.parametrize("name", one_of_each_with_rounded_inputs())
 def test_parts_and_back(name):
-    record = one_of_each()[name]
+    record = one_of_each_with_rounded_inputs()[name]
     stored, described = parts(record), meta(record)
     again = from_parts(record.kind, dict(stored), dict(described))
     assert is_record(again) and again.shape == record.shape
@@ -118,9 +118,9 @@ def optional_parts(record):
     return {*record.optional} | {f"{name}.{key}" for name, inner in nested for key in optional_parts(inner)}
 
 
-@pytest.mark.parametrize("name", one_of_each())
+@pytest.mark.parametrize("name", one_of_each_with_rounded_inputs())
 def test_missing_and_extra_parts_and_fields(name):
-    record = one_of_each()[name]
+    record = one_of_each_with_rounded_inputs()[name]
     for key in parts(record):
         if key in optional_parts(record):
             continue  # without it the weight is another one: symmetric, say
