@@ -18,6 +18,7 @@ from tests import (
     golden_mutants_gguf,
     golden_mutants_methods,
     golden_mutants_numbers,
+    golden_mutants_rotations,
 )
 
 MUTANTS = (
@@ -26,6 +27,7 @@ MUTANTS = (
     golden_mutants_gguf,
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
+    golden_mutants_rotations,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]

@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 
 from refllm.formats.errors import FormatError
-from refllm.kernels.packed.records import LowRank, Sparse24, SparseBitmask, is_record
+from refllm.kernels.packed.records import LowRank, Rotated, Sparse24, SparseBitmask, is_record
 from refllm.kernels.stats import Stats
 from refllm.methods.recipes import (
     FINISH,
@@ -123,7 +123,7 @@ def _is_whole(stage: Stage) -> bool:
 
 def _decoded(model: Model) -> Model:
     """Floats in place of the codes that a model came with (of a GGUF file, say): nothing can be moved into codes."""
-    return replace(model, weights={name: _dense(weight) for name, weight in model.weights.items()})
+    return replace(model, weights={name: _floats(weight, keep=()) for name, weight in model.weights.items()})
 
 
 def _change_model(model: Model, stage: Stage, calibration, on_report) -> Model:
@@ -278,22 +278,25 @@ def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
 def _compress_weight(model, name, stages, stats, on_report) -> None:
     original = model.weights[name]
     dense = _dense(original)
-    # Codes (of a GGUF file, say) are decoded and coded anew; sparse and low-rank weights keep their form.
-    keeps = isinstance(original, _FLOAT_PARTS) or stages[0].family == FINISH
-    record = original if keeps else dense
+    record = original if stages[0].family == FINISH else _floats(original, keep=_FLOAT_PARTS)
     for stage in stages:
         try:
-            if stage.family == FINISH:
-                record = _finish(record, dense, stats, stage)
-            elif is_record(record):
-                record = _inside(record, stage)
-            else:
-                record = stage.function(_dense(record), stats, **stage.knobs)
+            record = _apply(record, dense, stats, stage)
         except ValueError as error:
             raise ValueError(f"{stage.method} cannot compress {name} {dense.shape}: {error}") from error
     model.weights[name] = record
     if on_report is not None:
         on_report(report(name, dense, record, stats))
+
+
+def _apply(record, dense: np.ndarray, stats: Stats | None, stage: Stage):
+    """One stage to a weight, or to what is inside a record."""
+    if isinstance(record, Rotated):  # what is stored meets turned inputs, and a method is to see these
+        turned = None if stats is None else Stats(record.turned(stats.X))
+        return replace(record, weight=_apply(record.weight, record.turned(dense), turned, stage))
+    if stage.family == FINISH:
+        return _finish(record, dense, stats, stage)
+    return _inside(record, stage) if is_record(record) else stage.function(record, stats, **stage.knobs)
 
 
 def _finish(record, dense: np.ndarray, stats, stage: Stage):
@@ -331,3 +334,10 @@ def _inside(record, stage: Stage):
 
 def _dense(weight) -> np.ndarray:
     return weight if isinstance(weight, np.ndarray) else weight.dense()
+
+
+def _floats(weight, keep: tuple[type, ...]):
+    """Codes (of a GGUF file, say) decoded, to be coded anew. Records in `keep`, and turned inputs, keep their form."""
+    if isinstance(weight, Rotated):
+        return replace(weight, weight=_floats(weight.weight, keep))
+    return weight if isinstance(weight, keep) else _dense(weight)

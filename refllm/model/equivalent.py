@@ -7,6 +7,8 @@ Between two weights without a non-linearity that minds, a factor or a rotation c
     up -> down         up row c / s              down column c * s
     q, k               q rows j, j + D/2 * s     k rows j, j + D/2 / s, one s for both: they turn together (RoPE)
     residual stream    every reader's W @ Q, every writer's Q^T @ W, after the gains of the norms moved into the readers
+    v -> o             v rows of a head R^T @ W, o columns W @ R
+    into o, into down  W @ Q stored, inputs turned by Q at run time: nothing before them lets a rotation through
 
 SmoothQuant, AWQ, Outlier Suppression+ and the rotations are these steps with a rule for s or Q. Functions take a
 dictionary of weights that the caller owns (a copy of model.weights) and replace entries; arrays are not written to.
@@ -18,6 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from refllm.kernels.hadamard import has_hadamard
+from refllm.kernels.packed.rotated import Rotated
 from refllm.model.config import ModelConfig
 from refllm.model.model import Model
 
@@ -199,4 +203,28 @@ def rotate_values(model: Model, layer: int, R: np.ndarray) -> Model:
     columns = o.astype(np.float64).reshape(len(o), heads * group, D).swapaxes(0, 1)  # [H, out, D]
     turned = (columns @ np.repeat(R, group, axis=0)).swapaxes(0, 1)
     weights[prefix + "o_proj.weight"] = turned.reshape(o.shape).astype(o.dtype)
+    return replace(model, weights=weights)
+
+
+def turn_online(model: Model) -> Model:
+    """The inputs of every o and down turned by a Hadamard matrix at run time (`Rotated`), their weights stored turned.
+
+    For o, heads are mixed with each other, channel by channel; the channels of a head are the matter of
+    `rotate_values`. Where no Hadamard matrix mixes so many heads (9, say), its whole input is turned.
+
+    Raises
+    ------
+    ValueError
+        Packed weights, or no Hadamard matrix for these widths.
+    """
+    check_dense(model, "inputs are turned")
+    config, weights = model.config, dict(model.weights)
+    inner = config.head_dim if has_hadamard(config.num_heads) else 1
+    for layer in range(config.num_layers):
+        for linear, together in (("self_attn.o_proj", inner), ("mlp.down_proj", 1)):
+            name = f"model.layers.{layer}.{linear}.weight"
+            try:
+                weights[name] = Rotated.of(weights[name], together)
+            except ValueError as error:
+                raise ValueError(f"the inputs of {name} cannot be turned: {error}") from error
     return replace(model, weights=weights)

@@ -17,7 +17,9 @@ from refllm.model.llama import forward
 from refllm.model.walk import layer_linears
 from tests.models import random_model
 
-VARIANTS: dict[str, tuple[dict, ...]] = {}
+VARIANTS: dict[str, tuple[dict, ...]] = {
+    "quarot": (dict(online=False), dict(rotation="orthogonal", seed=1)),
+}
 NAMES = sorted(name for name, (family, _) in methods().items() if family in MODEL_FAMILIES)
 TRANSFORMS = [name for name in NAMES if methods()[name][0] == "transform"]
 PACKERS = [name for name in NAMES if methods()[name][0] == "blockwise"]

@@ -107,6 +107,39 @@ def _svd(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return {"a": record.A, "b": record.B, "w_hat": w_hat, "error": np.array(error), "rank": np.array(record.A.shape[1])}
 
 
+def _quarot(params: dict, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """An input turned at run time, or a rotation folded into weights."""
+    if "w" in inputs:
+        from refllm.kernels.packed import matmul
+        from refllm.kernels.packed.rotated import Rotated
+
+        record = Rotated.of(inputs["w"], params["inner"])
+        x = inputs["x"]
+        return {"stored": record.weight, "turned": record.turned(x), "y": matmul(x, record)}
+    return _folded(**inputs)
+
+
+def _folded(gain, reader, writer, bias, q) -> dict[str, np.ndarray]:
+    """In a model of one layer whose other weights are zeros: q_proj reads the residual stream, o_proj writes to it."""
+    from refllm.kernels.rope import Rope
+    from refllm.model.config import ModelConfig
+    from refllm.model.equivalent import fold_norms, rotate_residual
+    from refllm.model.model import Model
+    from refllm.model.names import expected_shapes
+
+    config = ModelConfig(
+        "llama", vocab_size=2, hidden_size=len(gain), num_layers=1, num_heads=len(reader) // 2, num_kv_heads=1,
+        head_dim=2, intermediate_size=2, context_length=2, norm_eps=1e-5, rope=Rope(1e4), tied_embeddings=False,
+        output_bias=True,
+    )  # fmt: skip
+    weights = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(config).items()}
+    names = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.o_proj.weight", "self_attn.o_proj.bias")
+    norm, read, write, added = (f"model.layers.0.{name}" for name in names)
+    weights |= {norm: gain, read: reader, write: writer, added: bias}
+    turned = rotate_residual(fold_norms(Model(config, weights)), q).weights
+    return {"reader": turned[read], "writer": turned[write], "bias": turned[added][None]}
+
+
 def _kivi(params: dict, k: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.kvcache.kivi import kivi
 
@@ -285,6 +318,7 @@ _OPS = {
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,
+    "transform.quarot": _quarot,
     "kvcache.kivi": _kivi,
     "attention.attend": _attend,
     "runtime.accept": _accept,

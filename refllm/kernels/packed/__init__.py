@@ -21,6 +21,7 @@ from refllm.kernels.packed.records import (
     LowRank,
     Record,
     Reordered,
+    Rotated,
     Sparse24,
     SparseBitmask,
     Sum,
@@ -42,7 +43,7 @@ def backend() -> str:
 
 def has_codes(weight: object) -> bool:
     """Whether a weight is stored as codes, so that rounded activations apply to it."""
-    if isinstance(weight, Reordered):
+    if isinstance(weight, (Reordered, Rotated)):
         return has_codes(weight.weight)
     inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) else weight
     return isinstance(inner, (IntWeight, GGUFBlocks))
@@ -59,7 +60,7 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
         float32, or int8 or int4: x is rounded to 8 or 4 bits with one scale per token (per 32 columns beside GGUF
         blocks) wherever the weight is stored as codes; or what a Rounding says. Weights stored as floats (dense,
         sparse, low-rank) keep float activations; the parts of a LowRank or a Sum count one by one. A record that says
-        how its inputs are rounded (inputs.py) is taken at its word.
+        how its inputs are rounded (inputs.py) is taken at its word. The inputs of a Rotated are turned first.
 
     Returns
     -------
@@ -94,6 +95,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
         return matmul(x[..., weight.order], weight.weight, activations)
     if isinstance(weight, TokenInputs) and weight.form in BITS and isinstance(weight.weight, IntWeight):
         return matmul(x, weight.weight, weight.form)
+    if isinstance(weight, Rotated):
+        return matmul(weight.turned(x), weight.weight, activations)
     flat = x.reshape(-1, x.shape[-1])
     text = reference
     if x.dtype == np.float32 and backend() == "numba":

@@ -17,6 +17,7 @@ to.
     Sum            two weights of one shape, whose products are added
     TokenInputs, StaticInputs, OutlierInputs
                    a record, and how its inputs are rounded
+    Rotated        a weight whose inputs are turned by a Hadamard matrix at run time
 
 Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
 flattened name of such a part is `values.codes`.
@@ -37,6 +38,7 @@ from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
 from refllm.kernels.packed.vectors import VectorWeight
 
@@ -50,6 +52,7 @@ __all__ = [
     "OutlierInputs",
     "Record",
     "Reordered",
+    "Rotated",
     "Sparse24",
     "SparseBitmask",
     "StaticInputs",
@@ -78,6 +81,7 @@ Record = (
     | TokenInputs
     | StaticInputs
     | OutlierInputs
+    | Rotated
 )
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end

@@ -1,3 +1,5 @@
 """Transforms: `f(model, ids, *, on_report, knobs) -> Model`, other weights that compute the same function."""
 
-__all__: list[str] = []
+from refllm.methods.transform.quarot import quarot as quarot
+
+__all__ = ["quarot"]

@@ -20,6 +20,7 @@ from refllm.kernels.packed.records import (
     LowRank,
     OutlierInputs,
     Reordered,
+    Rotated,
     Sparse24,
     SparseBitmask,
     StaticInputs,
@@ -73,6 +74,8 @@ def one_of_each():
         "lowrank": LowRank(W[:, :5].copy(), W[:5].copy()),
         "sum": Sum(W.astype(np.float16), W.copy()),
         "sum of int and lowrank": Sum(int_weight(W, grid), LowRank(W[:, :2].copy(), W[:2].copy())),
+        "rotated": Rotated.of(W),
+        "rotated heads of int": Rotated(int_weight(W, grid), 8),
         "lowrank of int": LowRank(int_weight(W[:, :8], grid), int_weight(W[:5].repeat(2, 0)[:8], grid)),
     }
 
