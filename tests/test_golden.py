@@ -16,6 +16,7 @@ from tests import (
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
     golden_mutants_gguf,
+    golden_mutants_gptq,
     golden_mutants_methods,
     golden_mutants_numbers,
     golden_mutants_rotations,
@@ -28,6 +29,7 @@ MUTANTS = (
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
     golden_mutants_rotations,
+    golden_mutants_gptq,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]
@@ -106,7 +108,7 @@ def test_mutant_is_killed_under_its_flag(suite, bug, kills):
     failed = kills[suite, bug]
     assert BUGS[suite, bug] in {flag for r in failed for flag in r.case.flags}
     assert "crash" not in {r.kind for r in failed}, "a mutant gives wrong answers, it does not fall over"
-    if suite.startswith("quant/") and bug in ONLY:
+    if suite.startswith("quant/rtn") and bug in ONLY:
         assert all(ONLY[bug] & set(r.case.flags) for r in failed)
 
 

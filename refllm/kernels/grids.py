@@ -2,10 +2,12 @@
 
     decode:  x^ = scale * (code - zero_point)             encode:  code = clip(rint(x / scale) + zero_point)
 
-Two grids of the published zoo, by their rule for scale and zero point; codes are always stored unsigned, 0 .. 2^b - 1:
+Three grids of the published zoo, by their rule for scale and zero point; codes are stored unsigned, 0 .. 2^b - 1:
 
     SymmetricGrid   scale = amax / (2^(b-1) - 1)           zero_point = 2^(b-1), constant, not stored
                     q = code - 2^(b-1) in [-(2^(b-1) - 1), 2^(b-1) - 1]; the code 0 is never produced
+    FullRangeGrid   scale = 2 amax / (2^b - 1)             zero_point = 2^(b-1), constant, not stored
+                    q in [-2^(b-1), 2^(b-1) - 1]: both extremes lie half a step from their codes
     AffineGrid      scale = (hi - lo) / (2^b - 1)          zero_point = clip(rint(-lo / scale), 0, 2^b - 1)
                     lo = min(x, 0), hi = max(x, 0): zero is always on the grid
 
@@ -15,12 +17,14 @@ and decoding use the same number. In-range error is then at most scale / 2. rint
 Degenerate groups: an all-zero group takes the scale of a group with amax 1 (GPTQ's rule); a scale that would round to
 zero becomes the smallest number of its type; a scale beyond its type, NaN or Inf is a ValueError.
 
-Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine: the min-max
-grid of Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code. Lesson:
-lessons/03-rounding-to-a-grid.md.
+Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine and full range:
+the min-max and the symmetric grid of Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code (there a
+symmetric group without a negative number has the scale amax / (2^b - 1) and clips its upper half; not here).
+Lesson: lessons/03-rounding-to-a-grid.md.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -85,9 +89,16 @@ def _stored_scale(scale: np.ndarray, scale_dtype: str) -> np.ndarray:
     return np.maximum(stored, limits.smallest_subnormal)
 
 
+def _amax(W: np.ndarray, group_size: int) -> np.ndarray:
+    """Largest magnitude of every group, 1 where all are zero."""
+    amax = np.abs(_grouped(_checked(W), group_size)).max(axis=-1)
+    amax[amax == 0] = 1
+    return amax
+
+
 @dataclass(frozen=True)
 class _Grid:
-    """What the two grids share: encode and decode for any scale and zero point.
+    """What the grids share: encode and decode for any scale and zero point.
 
     Parameters
     ----------
@@ -102,6 +113,7 @@ class _Grid:
     bits: int = 4
     group_size: int = 128
     scale_dtype: str = "float16"
+    lowest: ClassVar[int] = 0  # code
 
     def __post_init__(self):
         if not 2 <= self.bits <= 8:
@@ -133,12 +145,11 @@ class _Grid:
         (out, in) uint8
         """
         W = _checked(W)
-        lowest = 1 if zero_point is None else 0
         with np.errstate(over="ignore"):  # a quotient beyond the float range clips like any other
             steps = _grouped(W, self.group_size) / scale.astype(W.dtype)[..., None]
         codes = np.rint(steps, out=steps)
         codes += self._zero(zero_point).astype(W.dtype)
-        np.clip(codes, lowest, (1 << self.bits) - 1, out=codes)
+        np.clip(codes, self.lowest, (1 << self.bits) - 1, out=codes)
         return codes.astype(np.uint8).reshape(W.shape)
 
     def decode(self, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None) -> np.ndarray:
@@ -170,6 +181,8 @@ class SymmetricGrid(_Grid):
     ([[1.0]], None, [[15, 5, 8]])
     """
 
+    lowest: ClassVar[int] = 1
+
     def fit(self, W: np.ndarray) -> tuple[np.ndarray, None]:
         """Scales of a weight.
 
@@ -187,10 +200,28 @@ class SymmetricGrid(_Grid):
         ValueError
             NaN or Inf, a group that does not divide, a scale beyond scale_dtype.
         """
-        W = _checked(W)
-        amax = np.abs(_grouped(W, self.group_size)).max(axis=-1)
-        amax[amax == 0] = 1
-        return _stored_scale(amax / W.dtype.type(self.offset - 1), self.scale_dtype), None
+        amax = _amax(W, self.group_size)
+        return _stored_scale(amax / amax.dtype.type(self.offset - 1), self.scale_dtype), None
+
+
+@dataclass(frozen=True)
+class FullRangeGrid(_Grid):
+    """2 amax / (2^b - 1): zero in the middle, no zero point stored, every code in use.
+
+    Examples
+    --------
+    >>> grid = FullRangeGrid(bits=2, group_size=-1)
+    >>> W = np.array([[3.0, -3.0, 0.9]])
+    >>> scale, zero_point = grid.fit(W)
+    >>> scale.tolist(), zero_point, grid.encode(W, scale).tolist()
+    ([[2.0]], None, [[3, 0, 2]])
+    """
+
+    def fit(self, W: np.ndarray) -> tuple[np.ndarray, None]:
+        """Scales of a weight; parameters, result and errors as in SymmetricGrid.fit."""
+        amax = _amax(W, self.group_size)
+        with np.errstate(over="ignore"):
+            return _stored_scale(2 * amax / amax.dtype.type((1 << self.bits) - 1), self.scale_dtype), None
 
 
 @dataclass(frozen=True)

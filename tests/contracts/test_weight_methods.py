@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refllm.kernels.packed import matmul
-from refllm.kernels.packed.records import KINDS, IntWeight, LowRank, from_parts, meta, parts
+from refllm.kernels.packed.records import KINDS, IntWeight, LowRank, Reordered, from_parts, meta, parts
 from refllm.kernels.stats import Stats
 from refllm.methods.recipes import FINISH, WEIGHT_FAMILIES, methods, parse
 from refllm.methods.record import report
@@ -24,6 +24,13 @@ VARIANTS = {
     ),
     "nf4": (dict(block_size=32), dict(double_quant=False), dict(block_size=4096)),
     "fp4": (dict(block_size=32), dict(double_quant=False)),
+    "gptq": (
+        dict(bits=3, group_size=32, act_order=True),
+        dict(bits=8, group_size=-1, symmetric=True, act_order=True),
+        dict(bits=2, group_size=0, scale_dtype="float32"),
+        dict(group_size=16, static_groups=True, act_order=True, symmetric=True),
+        dict(group_size=32, group_grid="updated", block=48),
+    ),
     "magnitude": (dict(per_row=True), dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.9)),
     "wanda": (dict(pattern="2:4"), dict(pattern="1:4"), dict(sparsity=0.9), dict(dtype="float32")),
     "svd": (dict(rank=3), dict(ratio=1.0), dict(dtype="float32")),
@@ -114,6 +121,11 @@ def test_parts_and_meta_bring_it_back(name, knobs):
 
 def sizes(record):
     """(out, in): the magnitudes a product adds up, for the error bound."""
+    if isinstance(record, Reordered):
+        inner = sizes(record.weight)
+        out = np.empty_like(inner)
+        out[:, record.order] = inner
+        return out
     if isinstance(record, IntWeight):
         codes = record.unpacked().astype(np.float64)
         scale, zero_point = record.scales()

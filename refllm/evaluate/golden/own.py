@@ -71,6 +71,23 @@ def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, n
     return {"y": matmul(x, weight)}
 
 
+def _gptq(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.records import Reordered
+    from refllm.kernels.stats import Stats
+    from refllm.methods.quant.gptq import gptq
+
+    record = gptq(w, Stats(x), **params)
+    reordered = isinstance(record, Reordered)
+    inner = record.weight if reordered else record
+    columns, groups = inner.columns, inner.scale.shape[1]
+    order = record.order if reordered else np.arange(columns)
+    codes, g_idx = np.empty(inner.shape, np.uint8), np.empty(columns, np.int32)
+    codes[:, order] = inner.unpacked()
+    g_idx[order] = np.arange(columns) // (columns // groups)
+    outputs = {"codes": codes, "scale": inner.scale, "g_idx": g_idx}
+    return outputs if inner.zero_point is None else outputs | {"zero_point": inner.scales()[1].astype(np.uint8)}
+
+
 def _magnitude(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.prune.magnitude import magnitude
 
@@ -315,6 +332,7 @@ _OPS = {
     "quant.rtn": _rtn,
     "quant.rtn.matmul": _rtn_matmul,
     "quant.blockwise": _blockwise,
+    "quant.gptq": _gptq,
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,

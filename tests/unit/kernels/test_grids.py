@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.kernels.grids import AffineGrid, SymmetricGrid, group_count
+from refllm.kernels.grids import AffineGrid, FullRangeGrid, SymmetricGrid, group_count
 from tests.strategies import PROPERTY, group_sizes, mixed_weights, weight_row
 
-GRIDS = (SymmetricGrid, AffineGrid)
+GRIDS = (SymmetricGrid, AffineGrid, FullRangeGrid)
 WIDTHS = (2, 3, 4, 8)
 
 
@@ -28,6 +28,16 @@ def test_symmetric_by_hand():
     assert scale.dtype == np.float16 and scale.tolist() == [[1.0]] and zero_point is None
     assert codes.tolist() == [[1, 12, 10, 8]]
     assert SymmetricGrid(4, -1).decode(codes, scale).tolist() == [[-7.0, 4.0, 2.0, 0.0]]
+
+
+def test_full_range_by_hand():
+    W = np.array([[-7.5, 7.5, 0.4, -0.6]], np.float32)  # amax 7.5, 4 bits: scale 1; both extremes are ties, to even
+    codes, scale, zero_point = quantized(FullRangeGrid(4, -1), W)
+    assert scale.tolist() == [[1.0]] and zero_point is None
+    assert codes.tolist() == [[0, 15, 8, 7]]
+    assert FullRangeGrid(4, -1).decode(codes, scale).tolist() == [[-8.0, 7.0, 0.0, -1.0]]
+    positive = np.array([[7.5, 1.0]])  # no negative number: the published code would halve the step and clip at 3.5
+    assert quantized(FullRangeGrid(4, -1), positive)[0].tolist() == [[15, 9]]
 
 
 def test_affine_by_hand():
