@@ -61,6 +61,33 @@ def _blockwise(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return outputs | {"absmax": inner.unpacked()[0], "nested_absmax": inner.scale[0], "offset": inner.offset}
 
 
+def _omse(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.omse import omse
+
+    record = omse(w, **params)
+    outputs = {"codes": record.unpacked(), "scale": record.scale, "w_hat": record.dense()}
+    return outputs if record.zero_point is None else outputs | {"zero_point": record.scales()[1].astype(np.uint8)}
+
+
+def _hqq(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.hqq import hqq
+
+    record = hqq(w, **params)
+    return {
+        "codes": record.unpacked(),
+        "scale": record.scale,
+        "minimum": record.minimum,
+        "w_hat": record.dense(),
+    }
+
+
+def _aciq(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.aciq import aciq
+
+    record = aciq(w, **params)
+    return {"codes": record.unpacked(), "scale": record.scale, "minimum": record.minimum}
+
+
 def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, np.ndarray]:
     from refllm.kernels.packed import matmul
     from refllm.kernels.packed.records import IntWeight
@@ -333,6 +360,9 @@ _OPS = {
     "quant.rtn.matmul": _rtn_matmul,
     "quant.blockwise": _blockwise,
     "quant.gptq": _gptq,
+    "quant.omse": _omse,
+    "quant.hqq": _hqq,
+    "quant.aciq": _aciq,
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,

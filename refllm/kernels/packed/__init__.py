@@ -15,7 +15,7 @@ from refllm.kernels.packed import reference, rounded
 from refllm.kernels.packed.activations import Rounding
 from refllm.kernels.packed.encode import encode_gguf as encode_gguf
 from refllm.kernels.packed.inputs import RoundedInputs, TokenInputs
-from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight
 from refllm.kernels.packed.records import (
     BlockSparse,
     LowRank,
@@ -46,7 +46,7 @@ def has_codes(weight: object) -> bool:
     if isinstance(weight, (Reordered, Rotated)):
         return has_codes(weight.weight)
     inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) else weight
-    return isinstance(inner, (IntWeight, GGUFBlocks))
+    return isinstance(inner, (IntWeight, MinWeight, GGUFBlocks))
 
 
 def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Rounding = "float32") -> np.ndarray:

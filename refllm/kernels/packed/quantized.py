@@ -1,11 +1,12 @@
-"""Records of quantized weights: codes on an integer grid, and GGUF blocks."""
+"""Records of quantized weights: codes on an integer grid, with a zero point or a minimum, and GGUF blocks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 
-from refllm.formats.bits import pack_bits, unpack_bits
+from refllm.formats.bits import pack_bits, padding_is_zero, unpack_bits
 from refllm.kernels.grids import PER_TENSOR, AffineGrid, SymmetricGrid, group_count
 from refllm.kernels.packed.base import ALL, FLOATS, BaseRecord, check_array, check_columns, check_packed, row_count
 
@@ -90,6 +91,137 @@ class IntWeight(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
         return self.grid.decode(self.unpacked(ids), *self.scales(ids))
+
+
+@dataclass(frozen=True, eq=False)
+class MinWeight(BaseRecord):
+    """Integer codes counted from a minimum that need not be a multiple of the scale: weight = scale * code + minimum.
+
+    Parameters
+    ----------
+    codes : (out, ceil(columns * bits / 8)) uint8
+        Bit order of refllm.formats.bits.
+    scale, minimum : (out, groups) float16 or float32, both alike
+    bits : int
+        1 to 8.
+    group_size : int
+        g columns that share a scale, or -1: a row.
+    columns : int
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    minimum: np.ndarray
+    bits: int
+    group_size: int
+    columns: int
+    kind: ClassVar[str] = "min"
+    stored: ClassVar[tuple[str, ...]] = ("codes", "scale", "minimum")
+
+    def __post_init__(self):
+        check_columns(self.columns)
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be 1 to 8, got {self.bits}")
+        if self.group_size == PER_TENSOR:
+            raise ValueError("group_size must be positive or -1 (a row), got 0")
+        groups, rows = group_count(self.columns, self.group_size), row_count("codes", self.codes)
+        check_packed("codes", self.codes, rows, self.columns, self.bits)
+        check_array("scale", self.scale, FLOATS, (rows, groups))
+        check_array("minimum", self.minimum, (self.scale.dtype,), (rows, groups))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.columns
+
+    def unpacked(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
+        """The codes of some rows, (k, in) uint8."""
+        return unpack_bits(self.codes[ids], self.bits, self.columns)
+
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """Some rows, (k, in) float32: a product, then a sum, each rounded to float32."""
+        scale, minimum = (a[ids].astype(np.float32)[..., None] for a in (self.scale, self.minimum))
+        codes = self.unpacked(ids).astype(np.float32).reshape(len(scale), scale.shape[1], -1)
+        return (scale * codes + minimum).reshape(len(scale), self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class MixedRows(BaseRecord):
+    """Rows of different widths, each with a scale and a minimum: weight = scale * code + minimum.
+
+    Parameters
+    ----------
+    codes : (bytes,) uint8
+        The rows one after another, each padded with zero bits to whole bytes. A row of 0 bits has none.
+    bits : (out,) uint8
+        0 to 8; with 0 bits every weight of the row is the minimum.
+    scale, minimum : (out,) float32
+    columns : int
+    """
+
+    codes: np.ndarray
+    bits: np.ndarray
+    scale: np.ndarray
+    minimum: np.ndarray
+    columns: int
+    kind: ClassVar[str] = "mixed rows"
+    stored: ClassVar[tuple[str, ...]] = ("codes", "bits", "scale", "minimum")
+
+    def __post_init__(self):
+        check_columns(self.columns)
+        out = self.bits.shape if isinstance(self.bits, np.ndarray) else ()
+        if len(out) != 1 or not out[0]:
+            raise ValueError(f"bits must be a vector with a number for every row, got shape {out}")
+        check_array("bits", self.bits, (np.uint8,), out)
+        if self.bits.max() > 8:
+            raise ValueError(f"bits must be 0 to 8, got {self.bits.max()}")
+        check_array("scale", self.scale, (np.float32,), out)
+        check_array("minimum", self.minimum, (np.float32,), out)
+        check_array("codes", self.codes, (np.uint8,), (int(self._ends[-1]),))
+        for bits in set(self.bits.tolist()) - {0}:
+            if not padding_is_zero(self._packed(np.flatnonzero(self.bits == bits), bits), bits, self.columns):
+                raise ValueError(f"codes: bits after the last of a row of {bits} bits are not zero")
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum((self.bits.astype(np.int64) * self.columns + 7) // 8)
+
+    def _packed(self, numbers: np.ndarray, bits: int) -> np.ndarray:
+        """The bytes of some rows that all have so many bits, (k, n)."""
+        size = (bits * self.columns + 7) // 8
+        return self.codes[self._ends[numbers, None] - size + np.arange(size)]
+
+    @classmethod
+    def pack(cls, codes: np.ndarray, bits: np.ndarray, scale: np.ndarray, minimum: np.ndarray):
+        """From codes (out, in) uint8 and vectors (out,)."""
+        packed = [pack_bits(row[None], int(b)).ravel() for row, b in zip(codes, bits, strict=True) if b]
+        return cls(
+            np.concatenate([np.empty(0, np.uint8), *packed]),
+            bits.astype(np.uint8),
+            scale.astype(np.float32),
+            minimum.astype(np.float32),
+            codes.shape[1],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return len(self.bits), self.columns
+
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """Some rows, (k, in) float32: a product, then a sum, each rounded to float32."""
+        numbers = np.arange(len(self.bits))[ids]
+        codes = self.unpacked(ids).astype(np.float32)
+        return self.scale[numbers, None] * codes + self.minimum[numbers, None]
+
+    def unpacked(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
+        """The codes of some rows, (k, in) uint8."""
+        numbers = np.arange(len(self.bits))[ids]
+        codes = np.zeros((len(numbers), self.columns), np.uint8)
+        for bits in set(self.bits[numbers].tolist()) - {0}:
+            same = self.bits[numbers] == bits
+            codes[same] = unpack_bits(self._packed(numbers[same], bits), bits, self.columns)
+        return codes
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,8 @@ constructor checks shapes, types and cheap ranges. Records compare by identity a
 to.
 
     IntWeight      codes on an integer grid, one scale (and zero point) per group
+    MinWeight      codes counted from a minimum, a scale and a minimum per group
+    MixedRows      the same with a number of bits for every row
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
     VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
@@ -37,7 +39,7 @@ from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered
 from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
-from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
 from refllm.kernels.packed.vectors import VectorWeight
@@ -49,6 +51,8 @@ __all__ = [
     "GGUFBlocks",
     "IntWeight",
     "LowRank",
+    "MinWeight",
+    "MixedRows",
     "OutlierInputs",
     "Record",
     "Reordered",
@@ -69,6 +73,8 @@ __all__ = [
 
 Record = (
     IntWeight
+    | MinWeight
+    | MixedRows
     | GGUFBlocks
     | CodeWeight
     | VectorWeight

@@ -17,7 +17,7 @@ from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight
-from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight
 from refllm.kernels.packed.sparse import Plain, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiling import (
     BLOCK,
@@ -76,7 +76,20 @@ def form_of(weight) -> Form | None:
         return _blocks_form(weight)
     if isinstance(weight, VectorWeight):
         return _vectors_form(weight)
+    if isinstance(weight, MinWeight):
+        return _min_form(weight)
     return _int_form(weight) if isinstance(weight, IntWeight) else None
+
+
+def _min_form(weight: MinWeight) -> Form | None:
+    groups = group_count(weight.columns, weight.group_size)
+    if (
+        weight.scale.dtype != np.float16
+        or weight.bits not in PLANES
+        or (groups > 1 and weight.columns // groups % BLOCK)
+    ):
+        return None
+    return Form(weight.bits, "half", "minimum")
 
 
 def _blocks_form(weight: BlockSparse) -> Form | None:
@@ -260,6 +273,9 @@ def _arrays(weight, ids: slice, form: Form) -> tuple:
         return _arrays(weight.values, ids, form)
     if isinstance(weight, np.ndarray):
         return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None
+    if isinstance(weight, MinWeight):
+        scale, minimum = (tile_numbers(a[ids]) for a in (weight.scale, weight.minimum))
+        return tile_codes(weight.unpacked(ids), form.bits), scale, minimum, None, None
     return {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)](weight, ids, form)
 
 

@@ -1,8 +1,11 @@
 """Quantization of weights: `f(W, stats, *, knobs) -> packed record`."""
 
+from refllm.methods.quant.aciq import aciq as aciq
 from refllm.methods.quant.gptq import gptq as gptq
+from refllm.methods.quant.hqq import hqq as hqq
 from refllm.methods.quant.nf4 import fp4 as fp4
 from refllm.methods.quant.nf4 import nf4 as nf4
+from refllm.methods.quant.omse import omse as omse
 from refllm.methods.quant.rtn import rtn as rtn
 
-__all__ = ["fp4", "gptq", "nf4", "rtn"]
+__all__ = ["aciq", "fp4", "gptq", "hqq", "nf4", "omse", "rtn"]

@@ -18,6 +18,8 @@ from refllm.kernels.packed.records import (
     GGUFBlocks,
     IntWeight,
     LowRank,
+    MinWeight,
+    MixedRows,
     OutlierInputs,
     Reordered,
     Rotated,
@@ -43,6 +45,13 @@ def int_weight(W, grid):
     return IntWeight.pack(grid, grid.encode(W, scale, zero_point), scale, zero_point)
 
 
+WIDTHS = np.array([3, 0, 8, 1, 4, 5])
+
+
+def numbers(shape):
+    return [np.linspace(a, 2, shape[0] * shape[1]).astype(np.float16).reshape(shape) for a in (0.5, -1)]
+
+
 def one_of_each():
     sparse = Sparse24.compress(W, keep_n_of_m(np.abs(W), 2, 4))
     grid = SymmetricGrid(4, 8)
@@ -50,6 +59,10 @@ def one_of_each():
         "int sym": int_weight(W, SymmetricGrid(3, 16)),
         "int asym": int_weight(W, AffineGrid(4, 32)),
         "int tensor": int_weight(W, AffineGrid(3, 0, "float32")),
+        "min": MinWeight(pack_bits(np.arange(192, dtype=np.uint8).reshape(6, 32) % 8, 3), *numbers((6, 2)), 3, 16, 32),
+        "mixed rows": MixedRows.pack(
+            np.arange(192, dtype=np.uint8).reshape(6, 32) % (1 << WIDTHS)[:, None], WIDTHS, W[:, 0], W[:, 1]
+        ),
         "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
         "codes": fp8_blocks(W, (4, 16)),
         "codes in flat blocks": blockwise(W, block=24),
@@ -205,7 +218,7 @@ NAN16 = np.full((6, 2), np.nan, np.float16)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: from_parts("zip", {}, {}), "unknown kind.*int, gguf"),
+        (lambda: from_parts("zip", {}, {}), "unknown kind.*int, min"),
         (lambda: from_parts(["int"], {}, {}), "unknown kind"),
         (lambda: from_parts("int", {}, None), "dictionary"),
         (lambda: replaced(E["int sym"], bits="3"), "'bits' must be int"),
