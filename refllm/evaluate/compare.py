@@ -49,6 +49,7 @@ DEFAULT_RECIPES = (
     "svd:ratio=0.5",
     "rtn:bits=8,symmetric=true,group=-1+dynamic",
     "rtn:bits=8,symmetric=true,group=-1+static",
+    "smoothquant+rtn:bits=8,symmetric=true,group=-1+static",
     "kivi:bits=4",
     "kivi:bits=2",
     "flash",

@@ -161,12 +161,14 @@ def block(
     config, prefix = model.config, f"model.layers.{layer}."
     norm = lambda name, h: rms_norm(h, model.weights[prefix + name], config.norm_eps, config.norm_offset)
 
-    h = _attention(model, layer, norm("input_layernorm.weight", x), positions, store, attend, observe)
+    h = attention_branch(
+        model, layer, norm("input_layernorm.weight", x), positions, store=store, attend=attend, observe=observe
+    )
     if config.post_norms:  # Gemma normalises what each branch returns, too
         h = norm("post_attention_layernorm.weight", h)
     x = x + h
     before_mlp = "pre_feedforward_layernorm.weight" if config.post_norms else "post_attention_layernorm.weight"
-    h = _mlp(model, prefix + "mlp.", norm(before_mlp, x), observe)
+    h = mlp_branch(model, layer, norm(before_mlp, x), observe=observe)
     if config.post_norms:
         h = norm("post_feedforward_layernorm.weight", h)
     return x + h
@@ -188,10 +190,19 @@ def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callab
     return out
 
 
-def _attention(model, layer, x, positions, store, attend, observe):
+def attention_branch(
+    model: Model,
+    layer: int,
+    x: np.ndarray,
+    positions: np.ndarray,
+    *,
+    store=None,
+    attend: Callable | None = None,
+    observe: Callable | None = None,
+) -> np.ndarray:
     """The attention branch: normed states (B, T, d) -> (B, T, d), through q (B, H, T, D) and k, v (B, Hk, S, D).
 
-    T new tokens attend over S: themselves and what `store` returns of earlier ones.
+    T new tokens attend over S: themselves and what `store` returns of earlier ones. Parameters as in `block`.
     """
     config, prefix = model.config, f"model.layers.{layer}.self_attn."
     batch, tokens, _ = x.shape
@@ -223,7 +234,8 @@ def _attention(model, layer, x, positions, store, attend, observe):
     return _linear(model, (prefix + "o_proj",), out, observe)[0]
 
 
-def _mlp(model, prefix, x, observe):
+def mlp_branch(model: Model, layer: int, x: np.ndarray, *, observe: Callable | None = None) -> np.ndarray:
     """The feed-forward branch: normed states (B, T, d) -> (B, T, d), gated at the intermediate width."""
+    prefix = f"model.layers.{layer}.mlp."
     gate, up = _linear(model, (prefix + "gate_proj", prefix + "up_proj"), x, observe)
     return _linear(model, (prefix + "down_proj",), ACTIVATIONS[model.config.activation](gate) * up, observe)[0]

@@ -18,7 +18,9 @@ from refllm.model.walk import layer_linears
 from tests.models import random_model
 
 VARIANTS: dict[str, tuple[dict, ...]] = {
+    "osplus": (dict(bits=4, steps=4, symmetric=False),),
     "quarot": (dict(online=False), dict(rotation="orthogonal", seed=1)),
+    "smoothquant": (dict(alpha=0.9, all_linears=True),),
 }
 NAMES = sorted(name for name, (family, _) in methods().items() if family in MODEL_FAMILIES)
 TRANSFORMS = [name for name in NAMES if methods()[name][0] == "transform"]

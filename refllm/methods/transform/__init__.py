@@ -1,5 +1,7 @@
 """Transforms: `f(model, ids, *, on_report, knobs) -> Model`, other weights that compute the same function."""
 
+from refllm.methods.transform.osplus import osplus as osplus
 from refllm.methods.transform.quarot import quarot as quarot
+from refllm.methods.transform.smoothquant import smoothquant as smoothquant
 
-__all__ = ["quarot"]
+__all__ = ["osplus", "quarot", "smoothquant"]
