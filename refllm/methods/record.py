@@ -9,6 +9,7 @@ import numpy as np
 
 from refllm.kernels.packed import matmul
 from refllm.kernels.packed.inputs import RoundedInputs
+from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.stats import Stats
 
 
@@ -53,7 +54,7 @@ def report(name: str, W: np.ndarray, record, stats: Stats | None = None) -> Repo
     output_error = None
     if stats is not None:
         changed = _output_energy(error, stats)
-        if isinstance(record, RoundedInputs):
+        if isinstance(record.weight if isinstance(record, Rotated) else record, RoundedInputs):
             changed = np.sum((stats.X @ W.T - matmul(stats.X, record)).astype(np.float64) ** 2)
         output_error = _ratio(changed, _output_energy(W.astype(np.float64), stats))
     return Report(

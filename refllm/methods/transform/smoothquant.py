@@ -4,8 +4,8 @@
     a_k = max over tokens of |X_k|       w_k = max(1e-5, max over all rows of all readers of |W_k|)
 
 Inputs are hard to round where channels differ in size, for they can only have a scale per token; weights are easy.
-Dividing a channel by s_k and multiplying its weights moves some of the difficulty. With alpha = 1 every channel of X ends
-at 1 and the weights carry everything, with alpha = 0 it is the other way round, with 1/2 both end at sqrt(a_k w_k).
+Dividing a channel by s_k and multiplying its weights moves some of the difficulty. With alpha = 1 every channel of X
+ends at 1 and the weights carry everything, with alpha = 0 it is the other way round, with 1/2 both end at sqrt(a_k w_k).
 One s serves all linears that read the same norm (q, k and v; gate and up), and is divided out of the norm's gain: there
 is nothing left to do at run time. o and down have no norm before them and stay as they are, unless `all_linears` asks
 for the same step through the rows of v and of up.
@@ -14,8 +14,8 @@ The stage rounds nothing: `smoothquant+rtn:bits=8,symmetric=true,group=-1+dynami
 
 Paper: Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 arXiv:2211.10438, section 4.
-Differs from the authors' code: `all_linears` is not theirs; scales and folded weights are computed in float64. A channel that calibration never
-excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it, it is 100000 times too loud.
+Differs from the authors' code: `all_linears` is not theirs; scales and folded weights are computed in float64. A
+channel that calibration never excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it, it is 100000 times too loud.
 Calibrate with text that is long enough.
 Stage: prefill
 Inventory: 21

@@ -126,6 +126,18 @@ def test_layers_are_calibrated_behind_rounded_ones():
     assert np.linalg.norm(forward(small, IDS) - exact) < 0.1 * np.linalg.norm(exact)
 
 
+def test_turned_inputs_are_rounded_where_they_are_turned():
+    """The scale is that of what the codes meet, and the report counts its rounding."""
+    model, reports = random_model("llama", np.float32), {}
+    recipe = "quarot+rtn:bits=8,symmetric=true,group=-1"
+    for knobs in ("", "+static:bits=3"):
+        small = compress(model, recipe + knobs, IDS, on_report=lambda r, k=knobs: reports.update({(k, r.name): r}))
+    name = "model.layers.0.mlp.down_proj.weight"
+    inner = small.weights[name].weight
+    assert isinstance(inner, StaticInputs) and isinstance(inner.weight, IntWeight)
+    assert reports["+static:bits=3", name].output_error > 10 * reports["", name].output_error
+
+
 def test_a_stored_model_runs_as_before(tmp_path):
     small = compress(random_model("llama", np.float32), "rtn:bits=4,group=16+static:symmetric=false,bits=6", IDS)
     back = refllm.load(save_native(small, tmp_path / "m"))

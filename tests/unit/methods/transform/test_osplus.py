@@ -1,5 +1,6 @@
 """osplus: shift and scale by their definitions, the search against loops, and what it is for."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 import refllm
 from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.packed.activations import Rounding
-from refllm.methods.apply import compress
 from refllm.methods import transform
+from refllm.methods.apply import compress
 from refllm.methods.transform.osplus import (
     block_function,
     fold,
@@ -76,7 +77,7 @@ def test_the_search_keeps_the_first_of_the_least():
     losses = {t: float(i % 3) for i, t in enumerate(thresholds(high, low, 20))}
     by_t = lambda s: losses[min(losses, key=lambda t: abs(shrink(high, low, t)[0] - s[0]))]
     s, t = search(high, low, by_t, 20)
-    assert t == list(losses)[0] and (s == 1).all()
+    assert t == next(iter(losses)) and (s == 1).all()
     assert search(high, low, lambda s: -s[0], 20)[1] == pytest.approx(0.1)
 
 
@@ -158,17 +159,21 @@ def test_shift_and_scale_of_a_layer_norm_leave_the_function():
     assert np.abs((X - z) / s).max() <= 0.7 + 1e-9 < np.abs(X - z).max() < np.abs(X).max()
 
 
-def test_knobs_reach_the_search():
-    model = plant_outliers(random_model("llama", np.float32), kinds=("norm",))
-    norms = [norm for layer in range(2) for norm in norm_readers(model.config, layer)]
+def test_knobs_reach_the_search(monkeypatch):
+    module, seen = sys.modules["refllm.methods.transform.osplus"], []
 
-    def gain(**knobs):
-        changed = osplus(model, IDS, **knobs).weights
-        return b"".join(changed[norm].tobytes() for norm in norms)
+    def spy(f, X, weights, rounding, grid):
+        tried = []
+        seen.append((X.shape, rounding, grid.bits, tried))
+        return lambda s: tried.append(s) or len(tried)
 
-    found = [gain(bits=4, steps=20), gain(bits=4, steps=21), gain(bits=4, activation_bits=3, steps=20)]
-    found += [gain(bits=4, steps=20, symmetric=False), gain(bits=8, steps=20)]
-    assert len(set(found)) > 2
+    monkeypatch.setattr(module, "rounded_loss", spy)
+    model = random_model("llama", np.float32)
+    osplus(model, IDS, bits=4, activation_bits=6, symmetric=False, steps=7, tokens=1)
+    assert len(seen) == 4 and {s[:3] for s in seen} == {((1, 90, 32), Rounding(6, 1.0, False), 4)}
+    assert all(len(s[3]) == 8 for s in seen)
+    osplus(model, IDS, bits=5)
+    assert seen[-1][1:3] == (Rounding(5), 5) and len(seen[-1][3]) == 101
 
 
 def test_one_token_dead_inputs_and_a_stored_model(tmp_path):

@@ -127,9 +127,9 @@ def test_it_composes_and_is_stored(tmp_path):
 
 def test_bad_input():
     model = random_model("llama", np.float32)
-    with pytest.raises(ValueError, match="alpha must lie between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         smoothquant(model, IDS, alpha=1.5)
-    with pytest.raises(ValueError, match="SmoothQuant moves scales in dense weights, but .* is packed"):
+    with pytest.raises(ValueError, match=r"in dense weights, but .* is packed"):
         smoothquant(compress(model, "rtn:group=16"), IDS)
     with pytest.raises(ValueError, match="no token ids"):
         smoothquant(model, IDS[:0])
