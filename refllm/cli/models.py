@@ -74,6 +74,8 @@ def compress(args) -> None:
             reports.append(report)
             progress.show(f"{len(reports)} weights, {report.name}")
 
+        if calibration is not None:
+            progress.show(f"the first layer reads {len(calibration)} tokens")  # a while until the first weight
         small = compress(model, args.recipe, calibration, on_report=show)
     save(small, args.out, args.format, overwrite=args.overwrite)
     if _stored_bytes(Path(args.out)) > source_bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,12 +12,17 @@ from hypothesis import strategies as st
 
 from refllm.evaluate.golden.suites.exact import dyadic
 from refllm.evaluate.golden.suites.gptq_definition import Definition, quantize
+from refllm.formats.tensors import read_safetensors
 from refllm.kernels.packed.records import IntWeight, Reordered, parts
 from refllm.kernels.stats import Stats
+from refllm.methods.apply import compress, load
 from refllm.methods.quant.gptq import gptq, rounding_margins
 from refllm.methods.quant.rtn import rtn
 from refllm.methods.recipes import parse
+from refllm.model.convert import save
+from refllm.model.llama import forward
 from refllm.model.quantized.base import integers_of
+from tests.models import random_model
 from tests.strategies import PROPERTY, SEEDS, inputs
 from tests.unit.kernels.test_linalg import dyadic_factor
 
@@ -318,6 +324,85 @@ def test_codes_are_the_same_on_every_machine(recipe, kernels, monkeypatch):
     for name, array in parts(record).items():
         digest.update(name.encode() + array.tobytes())
     assert digest.hexdigest()[:16] == HASHES[recipe]
+
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16)
+IDS = np.random.default_rng(0).integers(0, 40, 300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(**SIZES)
+
+
+def logits(model):
+    return forward(model, IDS[:9])
+
+
+@pytest.mark.parametrize(
+    "knobs", ["act_order=true", "act_order=true,symmetric=true", "static_groups=true,act_order=true"]
+)
+def test_a_gptq_checkpoint_keeps_the_codes_and_their_groups(model, knobs, tmp_path):
+    small = compress(model, f"gptq:bits=4,group=32,{knobs}", IDS)
+    save(small, tmp_path / "m", "gptq")
+    back = load(tmp_path / "m")
+    name = "model.layers.1.mlp.down_proj"
+    moved = "static" not in knobs
+    assert type(back.weights[name + ".weight"]) is (Reordered if moved else IntWeight)
+    for weight in (n for n in small.weights if n.endswith("proj.weight")):
+        for ours, theirs in zip(integers(small.weights[weight]), integers(back.weights[weight]), strict=True):
+            assert (ours is None) == (theirs is None) and (ours is None or (ours == theirs).all())
+        np.testing.assert_array_equal(back.weights[weight].dense(), small.weights[weight].dense())
+    # The file says which group an input is in, not its place there: sums of a group run in another order.
+    np.testing.assert_allclose(logits(back), logits(small), atol=1e-4)
+    stored, _ = read_safetensors(tmp_path / "m" / "model.safetensors")
+    assert (np.diff(stored[name + ".g_idx"].stored()) < 0).any() == moved
+
+
+@pytest.mark.parametrize(
+    "recipe", ["gptq:bits=3,group=32,act_order=true", "quarot+gptq:bits=4,group=32", "gptq+kivi:group=8"]
+)
+def test_a_stored_model_runs(recipe, tmp_path):
+    model = random_model(**SIZES) if "gptq+" not in recipe else random_model(**(SIZES | dict(intermediate_size=64)))
+    small = compress(model, recipe, IDS)
+    save(small, tmp_path / "m")
+    back = load(tmp_path / "m")
+    np.testing.assert_array_equal(logits(back), logits(small))
+    size = lambda m: sum(w.nbytes for n, w in m.weights.items() if n.endswith("proj.weight"))
+    assert size(small) == size(back) < size(model) / 4
+
+
+def test_better_than_rounding_through_a_model(model):
+    far = lambda recipe: np.sum((logits(compress(model, recipe, IDS)) - logits(model)) ** 2)
+    for bits in (3, 4):
+        assert far(f"gptq:bits={bits},group=32") < far(f"rtn:bits={bits},group=32")
+
+
+def test_a_calibration_text_of_a_few_tokens_is_one_window(model):
+    assert np.isfinite(logits(compress(model, "gptq:group=32", IDS[:3]))).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "message"),
+    [
+        ("gptq:group=64", {}, r"cannot compress .*down_proj.weight .* group_size 64 does not divide the 96 columns"),
+        ("gptq:group=32,damp=0", {}, "cannot compress .* singular .* raise damp"),
+        ("wanda+gptq:group=32", {}, "needs calibration inputs, which the parts of a"),
+        ("gptq:group=32", {"model.layers.0.mlp.up_proj.weight": np.nan}, "NaN or inf"),
+    ],
+)
+def test_through_a_model_errors_are_one_line_too(model, recipe, change, message):
+    weights = {name: np.full_like(w, change[name]) if name in change else w for name, w in model.weights.items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        compress(replace(model, weights=weights), recipe, IDS[:40])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("knobs", "message"), [("bits=5", "5 bits; 2, 3, 4 or 8"), ("scale_dtype=float32", "float16")])
+def test_what_a_gptq_checkpoint_cannot_hold_is_named(model, knobs, message, tmp_path):
+    small = compress(model, f"gptq:group=32,{knobs}", IDS[:40])
+    with pytest.raises(ValueError, match=message):
+        save(small, tmp_path / "m", "gptq")
 
 
 @pytest.mark.parametrize(
