@@ -22,6 +22,18 @@ BUGS = {
         "any_q": "NotOrthogonal",
         "noise": "Random",
     },
+    "transform.dartquant": {
+        "signed": "Absolute",
+        "mean_of_channels": "SumOverChannels",
+        "sum_of_tokens": "MeanOverTokens",
+        "unit_tokens": "RawInputs",
+        "straight": "ThroughQR",
+        "upper_triangle": "LowerTriangle",
+        "no_inverse": "InverseR",
+        "signs_of_lapack": "PositiveDiagonal",
+        "slope_1_at_zero": "SlopeAtZero",
+        "noise": "Random",
+    },
 }
 
 
@@ -91,4 +103,26 @@ def folded(bug, gain, reader, writer, bias, q):
     return {name: array.astype(np.float32) for name, array in outputs.items()}
 
 
-_OPS = {"transform.quarot": quarot}
+def dartquant(bug, params, x, z):
+    q, r = np.linalg.qr(z)
+    if bug != "signs_of_lapack":
+        signs = np.sign(np.diag(r))
+        q, r = q * signs, r * signs[:, None]
+    if bug == "unit_tokens":
+        x = x / np.maximum(np.sqrt(np.mean(x**2, axis=1, keepdims=True)), 1e-9)
+    o = x @ q
+    size = o if bug == "signed" else np.abs(o)
+    sign = np.where(o >= 0, 1, -1) if bug == "slope_1_at_zero" else np.sign(o)
+    sign = np.ones_like(o) if bug == "signed" else sign
+    n = {"sum_of_tokens": 1, "mean_of_channels": o.size}.get(bug, len(x))
+    loss, of_q = np.exp(-size).sum() / n, x.T @ (-sign * np.exp(-size)) / n
+    m = -of_q.T @ q
+    mirrored = np.triu(m) + np.triu(m, 1).T if bug == "upper_triangle" else np.tril(m) + np.tril(m, -1).T
+    gradient = of_q + q @ mirrored
+    gradient = gradient if bug == "no_inverse" else gradient @ np.linalg.inv(r).T
+    gradient = of_q if bug == "straight" else gradient
+    gradient = gradient * (1 + 1e-4 * (bug == "noise" and len(z) > 2))
+    return {"loss": np.array(loss), "q": q, "gradient": gradient, "z_next": z - params["rate"] * gradient}
+
+
+_OPS = {"transform.quarot": quarot, "transform.dartquant": dartquant}

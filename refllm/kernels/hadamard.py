@@ -22,6 +22,7 @@ from functools import cache
 
 import numpy as np
 
+ROTATIONS = ("hadamard", "orthogonal")  # kinds of random rotations
 # Williamson's four rows for 4 * 43: +-1 over the classes of 1 .. 42 modulo 43 that multiplication by 6 and -1 makes
 # (named by their smallest element, those in the list have -1). Found by trying all 2^7 rows four times.
 _CLASSES = (1, 2, 3, 4, 5, 9, 10)
@@ -138,6 +139,32 @@ def random_orthogonal(n: int, rng: np.random.Generator) -> np.ndarray:
     """
     Q, R = np.linalg.qr(rng.standard_normal((n, n)))
     return Q * np.where(np.diag(R) < 0, -1.0, 1.0)
+
+
+def random_rotation(n: int, kind: str, rng: np.random.Generator, what: str) -> np.ndarray:
+    """A random rotation (n, n) float64.
+
+    Parameters
+    ----------
+    kind : str
+        hadamard (random signs) or orthogonal (drawn evenly from all rotations).
+    what : str
+        What is turned by it, for the error.
+
+    Raises
+    ------
+    ValueError
+        Another kind, or no Hadamard matrix of this size.
+    """
+    if kind not in ROTATIONS:
+        raise ValueError(f"rotation must be {' or '.join(ROTATIONS)}, got {kind!r}")
+    if kind == "orthogonal":
+        return random_orthogonal(n, rng)
+    try:
+        check_hadamard(n, what)
+    except ValueError as error:
+        raise ValueError(f"{error}; rotation=orthogonal needs none") from None
+    return random_hadamard(n, rng)
 
 
 @cache

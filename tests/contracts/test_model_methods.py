@@ -19,6 +19,7 @@ from tests.models import random_model
 
 VARIANTS: dict[str, tuple[dict, ...]] = {
     "osplus": (dict(bits=4, steps=4, symmetric=False),),
+    "dartquant": (dict(steps=3, rate=0.1), dict(steps=2, rotation="orthogonal", online=False)),
     "quarot": (dict(online=False), dict(rotation="orthogonal", seed=1)),
     "smoothquant": (dict(alpha=0.9, all_linears=True),),
 }

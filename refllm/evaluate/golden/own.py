@@ -184,6 +184,15 @@ def _folded(gain, reader, writer, bias, q) -> dict[str, np.ndarray]:
     return {"reader": turned[read], "writer": turned[write], "bias": turned[added][None]}
 
 
+def _dartquant(params: dict, x: np.ndarray, z: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.transform.dartquant import qr, qr_gradient, whip
+
+    q, r = qr(z)
+    loss, of_q = whip(x, q)
+    gradient = qr_gradient(q, r, of_q)
+    return {"loss": np.array(loss), "q": q, "gradient": gradient, "z_next": z - params["rate"] * gradient}
+
+
 def _kivi(params: dict, k: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.kvcache.kivi import kivi
 
@@ -367,6 +376,7 @@ _OPS = {
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,
     "transform.quarot": _quarot,
+    "transform.dartquant": _dartquant,
     "kvcache.kivi": _kivi,
     "attention.attend": _attend,
     "runtime.accept": _accept,

@@ -26,11 +26,9 @@ Baseline: none, a transform alone does not compress
 
 import numpy as np
 
-from refllm.kernels.hadamard import check_hadamard, random_hadamard, random_orthogonal
+from refllm.kernels.hadamard import random_rotation
 from refllm.model.equivalent import fold_norms, rotate_residual, rotate_values, turn_online
 from refllm.model.model import Model
-
-ROTATIONS = ("hadamard", "orthogonal")
 
 
 def quarot(
@@ -71,22 +69,9 @@ def quarot(
     """
     rng = np.random.default_rng(seed)
     config = model.config
-    Q = draw_rotation(config.hidden_size, rotation, rng, "the residual stream")
-    R = draw_rotation(config.head_dim, rotation, rng, "a head")
+    Q = random_rotation(config.hidden_size, rotation, rng, "the residual stream")
+    R = random_rotation(config.head_dim, rotation, rng, "a head")
     model = rotate_residual(fold_norms(model), Q)
     for layer in range(config.num_layers):
         model = rotate_values(model, layer, R)
     return turn_online(model) if online else model
-
-
-def draw_rotation(n: int, rotation: str, rng: np.random.Generator, what: str) -> np.ndarray:
-    """A random rotation (n, n) of the kind asked for; `what` it is for stands in the error."""
-    if rotation not in ROTATIONS:
-        raise ValueError(f"rotation must be {' or '.join(ROTATIONS)}, got {rotation!r}")
-    if rotation == "orthogonal":
-        return random_orthogonal(n, rng)
-    try:
-        check_hadamard(n, what)
-    except ValueError as error:
-        raise ValueError(f"{error}; rotation=orthogonal needs none") from None
-    return random_hadamard(n, rng)
