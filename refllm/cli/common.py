@@ -80,7 +80,7 @@ def add_command(commands, name: str, run, help_line: str, *, as_json: bool = Tru
 def add_model(parser, default: str | None = None) -> None:
     """MODEL, optional where it has a default, and the number of threads."""
     optional = {} if default is None else {"nargs": "?", "default": default}
-    about = "tiny, smollm2, a folder or a .gguf file" + (f" (default {default})" if default else "")
+    about = "tiny, tiny-outliers, smollm2, a folder or a .gguf file" + (f" (default {default})" if default else "")
     parser.add_argument("model", metavar="MODEL", help=about, **optional)
     parser.add_argument("--threads", type=count, metavar="N", help="threads of NumPy and of the kernels (default: all)")
 
@@ -136,7 +136,8 @@ def calibration_ids(args, model):
     """Ids of --calibration; of the bundled calibration text for the bundled model; else None."""
     from refllm.formats.files import data_path
 
-    path = args.calibration or (data_path("tiny/calib.txt") if args.model == "tiny" else None)
+    bundled = args.model in ("tiny", "tiny-outliers")
+    path = args.calibration or (data_path("tiny/calib.txt") if bundled else None)
     return None if path is None else encode_file(model, path)[:CALIBRATION_TOKENS]
 
 

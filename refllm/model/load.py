@@ -11,7 +11,8 @@ from refllm.formats.files import data_path
 from refllm.formats.tensors import refuse_pickle
 from refllm.model.model import Model
 
-BUILT_IN = ("tiny", "smollm2")
+BUILT_IN = ("tiny", "tiny-outliers", "smollm2")
+OUTLIERS = "tiny-outliers"
 
 
 def load(source: str | os.PathLike, *, dtype: str = "float32", dense: bool = False) -> Model:
@@ -20,8 +21,9 @@ def load(source: str | os.PathLike, *, dtype: str = "float32", dense: bool = Fal
     Parameters
     ----------
     source : str or path
-        "tiny" (bundled), "smollm2" (after `refllm fetch smollm2`), a folder in Hugging Face layout, a .gguf file, or a
-        folder written by `refllm compress`.
+        "tiny" (bundled), "tiny-outliers" (the same function with channels that `refllm.model.planter` has made large),
+        "smollm2" (after `refllm fetch smollm2`), a folder in Hugging Face layout, a .gguf file, or a folder written by
+        `refllm compress`.
     dtype : "float32" or "float64"
         Of dense weights and therefore of the whole forward pass. "float64" implies `dense`.
     dense : bool
@@ -42,6 +44,10 @@ def load(source: str | os.PathLike, *, dtype: str = "float32", dense: bool = Fal
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     path = resolve(source)
+    if str(source) == OUTLIERS and path == data_path("tiny"):
+        from refllm.model.planter import plant_outliers
+
+        return replace(plant_outliers(load("tiny", dtype=dtype)), name=OUTLIERS)
     name = str(source) if str(source) in BUILT_IN else (path.stem if path.is_file() else path.resolve().name)
     if path.is_file():
         model = _load_gguf(path, dtype)
@@ -76,7 +82,7 @@ def resolve(source: str | os.PathLike) -> Path:
             message = f"neither a .gguf file (it begins with {magic!r}) nor a folder with a model{hint}"
             raise FormatError(message, path=path, offset=0)
         return path
-    if str(source) == "tiny":
+    if str(source) in ("tiny", OUTLIERS):
         return data_path("tiny")
     if str(source) == "smollm2":
         from refllm.formats.fetch import smollm2_path

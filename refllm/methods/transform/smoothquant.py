@@ -15,8 +15,8 @@ The stage rounds nothing: `smoothquant+rtn:bits=8,symmetric=true,group=-1+dynami
 Paper: Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 arXiv:2211.10438, section 4.
 Differs from the authors' code: `all_linears` is not theirs; scales and folded weights are computed in float64. A
-channel that calibration never excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it, it is 100000 times too loud.
-Calibrate with text that is long enough.
+channel that calibration never excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it,
+it is 100000 times too loud. Calibrate with text that is long enough.
 Stage: prefill
 Inventory: 21
 Lesson: lessons/12-outliers.md

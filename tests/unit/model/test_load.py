@@ -172,7 +172,7 @@ def test_names_of_models(tmp_path, architecture):
 
 
 def test_what_is_no_model_says_what_to_give(tmp_path, monkeypatch):
-    wanted = r"no such file or folder 'nope': give tiny or smollm2, a folder .* or a \.gguf file"
+    wanted = r"no such file or folder 'nope': give tiny or tiny-outliers or smollm2, a folder .* or a \.gguf file"
     with pytest.raises(FileNotFoundError, match=wanted):
         load("nope")
     monkeypatch.setenv("REFLLM_CACHE", str(tmp_path / "empty"))

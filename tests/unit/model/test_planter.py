@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refllm.model.llama import forward
+from refllm.model.load import load
 from refllm.model.planter import plant_outliers
 from tests.models import random_model
 
@@ -126,3 +127,11 @@ def test_packed_weights_and_qk_norm_are_refused():
         plant_outliers(packed)
     with pytest.raises(ValueError, match="qk"):
         plant_outliers(random_model("qwen3"))
+
+
+def test_it_is_a_model_with_a_name():
+    planted, plain = load("tiny-outliers"), load("tiny")
+    assert planted.name == "tiny-outliers" and planted.tokenizer is not None
+    assert relative(forward(planted, [1, 2, 3]), forward(plain, [1, 2, 3])) <= 1e-5
+    largest = lambda model: max(np.abs(w).max() for name, w in model.weights.items() if "q_proj" in name)
+    assert largest(planted) > 4 * largest(plain)

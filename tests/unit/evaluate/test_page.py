@@ -1,4 +1,4 @@
-"""The page of benchmarks: its commands are found and are commands, and only their output is replaced."""
+"""Pages of measurements: their commands are found and are commands, and only their output is replaced."""
 
 import shlex
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from refllm.cli import build_parser
-from refllm.evaluate.bench import page
+from refllm.evaluate import page
+from refllm.methods.recipes import parse
 
-DOCUMENT = Path(__file__).parents[4] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[3] / "docs"
+DOCUMENT = DOCS / "benchmarks.md"
 TEXT = "# A\n```console\n$ refllm bench decode\nold\n```\nwords\n```console\n$ refllm bench decode --threads 2\n```\n"
 
 
@@ -23,6 +25,19 @@ def test_every_command_of_the_document_is_one():
     assert len(set(found)) == len(found)
     for args in parsed:
         assert args.plot is None or f"]({args.plot.removeprefix('docs/')})" in DOCUMENT.read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.md")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_results_is_one(path):
+    text = path.read_text("utf-8")
+    found = page.commands(text)
+    assert found and len(set(found)) == len(found)
+    for command in found:
+        args = build_parser().parse_args(shlex.split(command))
+        assert args.plot is None or f"](../{args.plot.removeprefix('docs/')})" in text
+        for recipe in args.recipes:
+            parse(recipe)
+            assert f"\n{recipe} " in text  # it has a row
 
 
 def test_output_is_replaced_and_nothing_else(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""Fill docs/benchmarks.md anew: `python -m refllm.evaluate.bench.page docs/benchmarks.md [WORD ...]`, from a clone.
+"""Fill a page of measurements anew: `python -m refllm.evaluate.page docs/benchmarks.md [WORD ...]`, from a clone.
 
-The page shows commands with what they print. Every command is run again, or those that hold all of the words, and its
-output takes the place of the old one. A run that other work has disturbed is refused: the page keeps what it had.
+docs/benchmarks.md and the pages under docs/results are made so. A page shows commands with what they print. Every
+command is run again, or those that hold all of the words, and its output takes the place of the old one. A run that
+other work has disturbed is refused: the page keeps what it had.
 """
 
 import re
@@ -13,12 +14,12 @@ from pathlib import Path
 from refllm.formats.files import atomic_write
 from refllm.formats.process import child_environment
 
-_BLOCK = re.compile(r"(```console\n\$ refllm (bench [^\n]*)\n)(.*?)(```)", re.DOTALL)
+_BLOCK = re.compile(r"(```console\n\$ refllm ((?:bench|compare) [^\n]*)\n)(.*?)(```)", re.DOTALL)
 ATTEMPTS = 3
 
 
 def commands(text: str) -> list[str]:
-    """The benchmark commands of a page.
+    """The bench and compare commands of a page.
 
     Examples
     --------
@@ -76,7 +77,7 @@ def run_quietly(command: str) -> str:
 def main(argv: list[str]) -> None:
     """Renew the file named first; it is written after each command, so that what was measured is kept."""
     if not argv:
-        sys.exit("usage: python -m refllm.evaluate.bench.page FILE.md [WORD ...]")
+        sys.exit("usage: python -m refllm.evaluate.page FILE.md [WORD ...]")
     path, words = Path(argv[0]), argv[1:]
     for command in commands(path.read_text("utf-8")):
         if all(word in command.split() for word in words):
