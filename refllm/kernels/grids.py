@@ -2,12 +2,14 @@
 
     decode:  x^ = scale * (code - zero_point)             encode:  code = clip(rint(x / scale) + zero_point)
 
-Three grids of the published zoo, by their rule for scale and zero point; codes are stored unsigned, 0 .. 2^b - 1:
+Grids of the published zoo, by their rule for scale and zero point; codes are stored unsigned, 0 .. 2^b - 1:
 
     SymmetricGrid   scale = amax / (2^(b-1) - 1)           zero_point = 2^(b-1), constant, not stored
                     q = code - 2^(b-1) in [-(2^(b-1) - 1), 2^(b-1) - 1]; the code 0 is never produced
     FullRangeGrid   scale = 2 amax / (2^b - 1)             zero_point = 2^(b-1), constant, not stored
                     q in [-2^(b-1), 2^(b-1) - 1]: both extremes lie half a step from their codes
+    TwosGrid        scale = amax / 2^(b-1)                 zero_point = 2^(b-1), constant, not stored
+                    q in [-2^(b-1), 2^(b-1) - 1]: -amax is exact, +amax saturates by one step
     AffineGrid      scale = (hi - lo) / (2^b - 1)          zero_point = clip(rint(-lo / scale), 0, 2^b - 1)
                     lo = min(x, 0), hi = max(x, 0): zero is always on the grid
 
@@ -19,7 +21,8 @@ zero becomes the smallest number of its type; a scale beyond its type, NaN or In
 
 Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine and full range:
 the min-max and the symmetric grid of Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code (there a
-symmetric group without a negative number has the scale amax / (2^b - 1) and clips its upper half; not here).
+symmetric group without a negative number has the scale amax / (2^b - 1) and clips its upper half; not here). Twos: the
+symmetric grid of Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, as in DeepSpeed's code.
 Lesson: lessons/03-rounding-to-a-grid.md.
 """
 
@@ -222,6 +225,25 @@ class FullRangeGrid(_Grid):
         amax = _amax(W, self.group_size)
         with np.errstate(over="ignore"):
             return _stored_scale(2 * amax / amax.dtype.type((1 << self.bits) - 1), self.scale_dtype), None
+
+
+@dataclass(frozen=True)
+class TwosGrid(_Grid):
+    """amax / 2^(b-1): the codes are those of two's complement, no zero point stored.
+
+    Examples
+    --------
+    >>> grid = TwosGrid(bits=3, group_size=-1)
+    >>> W = np.array([[4.0, -4.0, 1.2]])
+    >>> scale, zero_point = grid.fit(W)
+    >>> scale.tolist(), zero_point, grid.encode(W, scale).tolist()
+    ([[1.0]], None, [[7, 0, 5]])
+    """
+
+    def fit(self, W: np.ndarray) -> tuple[np.ndarray, None]:
+        """Scales of a weight; parameters, result and errors as in SymmetricGrid.fit."""
+        amax = _amax(W, self.group_size)
+        return _stored_scale(amax / amax.dtype.type(self.offset), self.scale_dtype), None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from refllm.kernels.packed import matmul
+from refllm.kernels.packed.inputs import RoundedInputs
 from refllm.kernels.packed.records import KINDS, IntWeight, LowRank, Reordered, from_parts, meta, parts
 from refllm.kernels.stats import Stats
 from refllm.methods.recipes import FINISH, WEIGHT_FAMILIES, methods, parse
@@ -34,6 +35,9 @@ VARIANTS = {
     "omse": (dict(bits=2, symmetric=True, group_size=-1), dict(p=2.4, group_size=32), dict(dual=True)),
     "hqq": (dict(bits=1, group_size=-1), dict(bits=3, group_size=32, p=1.0), dict(scale_dtype="float32")),
     "aciq": (dict(bits=2, law="normal"), dict(allocate=False, correct="both"), dict(bits=8, correct="none")),
+    "llm_int8": (dict(threshold=2.0), dict(threshold=0.0)),
+    "zeroquant": (dict(bits=8, group_size=-1), dict(bits=3, group_size=32, activation_bits=6), dict(group_size=0)),
+    "zeroquant_fp": (dict(constraint="m1"), dict(constraint="m2", group_size=16), dict(group_size=-1)),
     "magnitude": (dict(per_row=True), dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.9)),
     "wanda": (dict(pattern="2:4"), dict(pattern="1:4"), dict(sparsity=0.9), dict(dtype="float32")),
     "svd": (dict(rank=3), dict(ratio=1.0), dict(dtype="float32")),
@@ -147,6 +151,9 @@ def test_matmul_is_the_product_with_the_dense_weight(name, knobs):
     """
     W, X = example()
     record = run(name, knobs, W, X)
+    if isinstance(record, RoundedInputs):
+        check_rounded(record, X)
+        return
     exact = X.astype(np.float64) @ record.dense().astype(np.float64).T
     k = W.shape[1] + 4 + (2 * record.A.shape[1] if isinstance(record, LowRank) else 0)
     allowed = k * 2.0**-24 / (1 - k * 2.0**-24) * (np.abs(X).astype(np.float64) @ sizes(record).T)
@@ -155,6 +162,17 @@ def test_matmul_is_the_product_with_the_dense_weight(name, knobs):
         assert y.dtype == np.float32 and y.shape == (*x.shape[:-1], W.shape[0])
         rows = len(x) if x.ndim == 2 else 1
         assert (np.abs(y.reshape(rows, -1) - exact[:rows]) <= allowed[:rows]).all()
+
+
+def check_rounded(record, X):
+    """The same with the inputs as the record rounds them; the integer path adds a scale and a zero point."""
+    dense = record.dense().astype(np.float64)
+    for x in (X, X[:1]):
+        seen = record.rounded(x).astype(np.float64)
+        allowed = (X.shape[1] + 12) * 2.0**-23 * (np.abs(seen).max(axis=1, keepdims=True) * np.abs(dense).sum(axis=1))
+        y = matmul(x, record)
+        assert y.dtype == np.float32 and (np.abs(y - seen @ dense.T) <= allowed).all()
+    assert np.array_equal(matmul(X[0], record), matmul(X[:1], record)[0])
 
 
 @every_case

@@ -214,7 +214,7 @@ class OutlierInputs(RoundedInputs):
 
 
 def vector_wise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 row by row, with the reciprocal multiplied as bitsandbytes does: q = rint(x (127 / amax)).
+    """int8 row by row, with the reciprocal multiplied as bitsandbytes does: q = rint(x (127 (1 / amax))).
 
     Parameters
     ----------
@@ -228,8 +228,8 @@ def vector_wise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     References
     ----------
-    Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2; the order of the two operations is that of
-    bitsandbytes.
+    Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2; the order of the operations is that of
+    bitsandbytes on the CPU.
 
     Examples
     --------
@@ -239,7 +239,7 @@ def vector_wise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     amax = np.abs(x).max(axis=1, keepdims=True)
     with np.errstate(over="ignore"):
-        factor = np.float32(127) / np.where(amax > 0, amax, np.float32(1))
+        factor = np.float32(127) * (np.float32(1) / np.where(amax > 0, amax, np.float32(1)))
     usable = np.isfinite(amax) & (amax > 0) & np.isfinite(factor)
     codes = np.rint(np.where(usable, x, 0) * np.where(usable, factor, np.float32(0)))
     return codes.astype(np.int8), amax

@@ -1,5 +1,6 @@
 """What is added to a packed weight: `f(record, W, stats, *, knobs) -> record`, W being what was packed."""
 
+from refllm.methods.finish.lorc import lorc as lorc
 from refllm.methods.finish.static import static as static
 
-__all__ = ["static"]
+__all__ = ["lorc", "static"]

@@ -21,6 +21,7 @@ Baseline: none, optimal for its rank
 
 import numpy as np
 
+from refllm.kernels.factors import truncated
 from refllm.kernels.packed.records import LowRank, as_float
 from refllm.kernels.stats import Stats
 
@@ -71,12 +72,8 @@ def svd(
     if not np.isfinite(W).all():
         raise ValueError("the weight holds NaN or Inf; a decomposition needs finite values")
     r = _rank(W.shape, ratio, rank)
-    U, S, Vt = np.linalg.svd(W.astype(np.float64), full_matrices=False)
-    root = np.sqrt(S[:r])
-    A, B = U[:, :r] * root, root[:, None] * Vt[:r]
-    largest = np.argmax(np.abs(B), axis=1)
-    sign = np.where(np.take_along_axis(B, largest[:, None], axis=1)[:, 0] < 0, -1.0, 1.0)
-    return LowRank(as_float(A * sign, dtype), as_float(B * sign[:, None], dtype))
+    A, B = truncated(W, r)
+    return LowRank(as_float(A, dtype), as_float(B, dtype))
 
 
 def _rank(shape: tuple[int, int], ratio: float | None, rank: int | None) -> int:

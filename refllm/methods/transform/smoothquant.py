@@ -5,10 +5,10 @@
 
 Inputs are hard to round where channels differ in size, for they can only have a scale per token; weights are easy.
 Dividing a channel by s_k and multiplying its weights moves some of the difficulty. With alpha = 1 every channel of X
-ends at 1 and the weights carry everything, with alpha = 0 it is the other way round, with 1/2 both end at sqrt(a_k w_k).
-One s serves all linears that read the same norm (q, k and v; gate and up), and is divided out of the norm's gain: there
-is nothing left to do at run time. o and down have no norm before them and stay as they are, unless `all_linears` asks
-for the same step through the rows of v and of up.
+ends at 1 and the weights carry everything; with alpha = 0 it is the other way round; with 1/2 both end at
+sqrt(a_k w_k). One s serves all linears that read the same norm (q, k and v; gate and up), and is divided out of the
+norm's gain: there is nothing left to do at run time. o and down have no norm before them and stay as they are, unless
+`all_linears` asks for the same step through the rows of v and of up.
 
 The stage rounds nothing: `smoothquant+rtn:bits=8,symmetric=true,group=-1+dynamic` is W8A8.
 

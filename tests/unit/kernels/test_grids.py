@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.kernels.grids import AffineGrid, FullRangeGrid, SymmetricGrid, group_count
+from refllm.kernels.grids import AffineGrid, FullRangeGrid, SymmetricGrid, TwosGrid, group_count
 from tests.strategies import PROPERTY, group_sizes, mixed_weights, weight_row
 
 GRIDS = (SymmetricGrid, AffineGrid, FullRangeGrid)
@@ -38,6 +38,24 @@ def test_full_range_by_hand():
     assert FullRangeGrid(4, -1).decode(codes, scale).tolist() == [[-8.0, 7.0, 0.0, -1.0]]
     positive = np.array([[7.5, 1.0]])  # no negative number: the published code would halve the step and clip at 3.5
     assert quantized(FullRangeGrid(4, -1), positive)[0].tolist() == [[15, 9]]
+
+
+def test_twos_by_hand():
+    W = np.array([[-8.0, 8.0, 0.5, -2.5]], np.float32)  # amax 8, 4 bits: scale 1; ties to even; 8 has no code
+    codes, scale, zero_point = quantized(TwosGrid(4, -1), W)
+    assert scale.tolist() == [[1.0]] and zero_point is None and codes.tolist() == [[0, 15, 8, 6]]
+    assert TwosGrid(4, -1).decode(codes, scale).tolist() == [[-8.0, 7.0, 0.0, -2.0]]
+    assert quantized(TwosGrid(4, 0), np.zeros((2, 2)))[1].tolist() == [[0.125]]
+
+
+@PROPERTY
+@given(mixed_weights(columns=24), st.sampled_from(WIDTHS))
+def test_twos_is_off_by_half_a_step_below_and_one_step_above(W, bits):
+    grid = TwosGrid(bits, 8, "float32")
+    codes, scale, _ = quantized(grid, W)
+    error, step = W.astype(np.float64) - grid.decode(codes, scale), per_weight(scale, W)
+    step = step + 2.0**-149 * (1 << bits)  # a step below the normal numbers is itself rounded
+    assert (np.abs(error)[W <= 0] <= 0.5001 * step[W <= 0]).all() and (error <= 1.0001 * step).all()
 
 
 def test_affine_by_hand():

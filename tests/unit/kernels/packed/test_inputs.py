@@ -197,7 +197,7 @@ def slow_outliers(x, threshold):
         rest = [0.0 if threshold > 0 and abs(v) >= threshold else v for v in row]
         top = max(map(abs, rest))
         amax.append(top)
-        factor = np.float32(127) / np.float32(top) if top else np.float32(0)
+        factor = np.float32(127) * (np.float32(1) / np.float32(top)) if top else np.float32(0)
         steps.append([0 if k in columns else int(np.rint(np.float32(v) * factor)) for k, v in enumerate(rest)])
     return steps, amax, columns
 
