@@ -25,7 +25,7 @@ follow the papers' abstracts: their code is not public.
 Stage: prefill, memory
 Inventory: 26
 Lesson: lessons/12-outliers.md
-Baseline: rtn:bits=4,group=64,symmetric=true
+Baseline: none, rtn leaves the inputs alone
 """
 
 import numpy as np
