@@ -68,6 +68,8 @@ def report(name: str, W: np.ndarray, record, stats: Stats | None = None) -> Repo
 
 
 def _output_energy(W: np.ndarray, stats: Stats) -> float:
+    if "H" in vars(stats):  # a method has asked for it: far fewer products than tokens times inputs
+        return max(0.0, float(np.sum((W @ stats.H) * W)))
     return np.sum((stats.X @ W.T.astype(stats.X.dtype)).astype(np.float64) ** 2)
 
 

@@ -31,6 +31,18 @@ def test_numbers_follow_their_definitions(record_of):
     assert result.output_error == pytest.approx(trace(wide - dense) / trace(wide), rel=1e-4)
 
 
+def test_the_output_error_is_the_same_whether_or_not_h_is_there():
+    W, X = example()
+    fresh, used = Stats(X), Stats(X)
+    assert used.H.shape == (32, 32)
+    for record in (rtn(W, group_size=16), svd(W)):
+        expected = report("w", W, record, fresh).output_error
+        assert "H" not in vars(fresh) and report("w", W, record, used).output_error == pytest.approx(expected, rel=1e-4)
+    same = np.arange(-8, 8, dtype=np.float32)[None].repeat(2, axis=0) / 4
+    stats = Stats(X[:, :16])
+    assert stats.H.any() and report("w", same, rtn(same, group_size=-1), stats).output_error == 0.0
+
+
 def test_no_calibration_no_output_error():
     W, _ = example()
     assert report("w", W, rtn(W, group_size=16)).output_error is None
