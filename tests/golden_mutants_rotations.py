@@ -34,6 +34,33 @@ BUGS = {
         "slope_1_at_zero": "SlopeAtZero",
         "noise": "Random",
     },
+    "transform.smoothattention": {
+        "unpaired": "Paired",
+        "neighbours": "HalfSplit",
+        "mean": "AbsMax",
+        "signed": "AbsMax",
+        "other_way": "Direction",
+        "tiled": "Groups",
+        "always_root": "Alpha",
+        "no_root": "Alpha",
+        "tiny_for_dead": "DeadPair",
+        "any_alpha": "BadParams",
+    },
+    "quant.qoq": {
+        "127": "Protected",
+        "exact_scale": "StoredScale",
+        "of_the_weights": "FromInt8",
+        "rounded_up": "IntegerLevel",
+        "range_of_128": "LevelAtLeastOne",
+        "zero_not_clipped": "ZeroClip",
+        "post_scale": "PreScale",
+        "one_scale": "RowScale",
+        "ties_away": "TieToEven",
+        "noise": "Random",
+        "nan_to_zero": "NonFinite",
+        "tail_dropped": "GroupNotDividing",
+        "saturates": "ScaleOverflow",
+    },
 }
 
 
@@ -125,4 +152,70 @@ def dartquant(bug, params, x, z):
     return {"loss": np.array(loss), "q": q, "gradient": gradient, "z_next": z - params["rate"] * gradient}
 
 
-_OPS = {"transform.quarot": quarot, "transform.dartquant": dartquant}
+def smoothattention(bug, params, keys, q, k):
+    alpha = params["alpha"]
+    if not 0 <= alpha <= 1 and bug != "any_alpha":
+        raise ValueError("alpha lies between 0 and 1")
+    heads, _, D = keys.shape
+    top = {"mean": np.abs(keys).mean(axis=1), "signed": keys.max(axis=1)}.get(bug, np.abs(keys).max(axis=1))
+    top = np.abs(top).astype(np.float64)
+    first, second = (top[:, 0::2], top[:, 1::2]) if bug == "neighbours" else (top[:, : D // 2], top[:, D // 2 :])
+    pairs = first if bug == "unpaired" else np.maximum(first, second)
+    pairs = np.where(pairs > 0, pairs, 1e-5 if bug == "tiny_for_dead" else 1)
+    s = pairs ** {"always_root": 0.5, "no_root": 1.0}.get(bug, alpha)
+    both = np.concatenate([s, s], axis=1)
+    group = len(q) // D // heads
+    of_q = np.tile(both, (group, 1)) if bug == "tiled" else np.repeat(both, group, axis=0)
+    both, of_q = (1 / both, 1 / of_q) if bug == "other_way" else (both, of_q)
+    q, k = q * of_q.ravel()[:, None], k / both.ravel()[:, None]
+    return {"factors": s, "q": q.astype(np.float32), "k": k.astype(np.float32)}
+
+
+def qoq(bug, params, w):
+    if bug == "nan_to_zero":
+        w = np.nan_to_num(w)
+    if not np.isfinite(w).all():
+        raise ValueError("NaN")
+    out, columns = w.shape
+    width = columns if params["group_size"] == -1 else params["group_size"]
+    if columns % width:
+        if bug != "tail_dropped":
+            raise ValueError("groups fill the row")
+        w = w[:, : columns - columns % width]
+    rint = (lambda v: np.sign(v) * np.floor(np.abs(v) + 0.5)) if bug == "ties_away" else np.rint
+    most = 127 if bug == "127" else 119
+    amax = np.abs(w).max(axis=1, keepdims=True)
+    amax = np.full_like(amax, amax.max()) if bug == "one_scale" else amax
+    exact = amax / np.float32(most)
+    if exact.max() > 65504:
+        if bug != "saturates":
+            raise ValueError("beyond float16")
+        exact = np.minimum(exact, np.float32(65504))
+    scale = np.maximum(exact.astype(np.float16), np.float16(2.0**-24))
+    divisor = np.maximum(exact, np.float32(2.0**-24)) if bug == "exact_scale" else scale.astype(np.float32)
+    q0 = w / divisor if bug == "of_the_weights" else np.clip(rint(w / divisor), -most, most)
+    q0 = q0.astype(np.float64).reshape(out, -1, width)
+    low, high = np.minimum(q0.min(axis=2), 0), np.maximum(q0.max(axis=2), 0)
+    level = np.ceil((high - low) / 15) if bug == "rounded_up" else rint((high - low) / 15)
+    level = np.maximum(level, 2 if bug == "range_of_128" else 1)
+    if bug == "post_scale":
+        zero = -low / level
+        codes = np.clip(rint((q0 - low[..., None]) / level[..., None]), 0, 15)
+    else:
+        zero = rint(-low / level)
+        zero = zero if bug == "zero_not_clipped" else np.clip(zero, 0, 15)
+        codes = np.clip(rint(q0 / level[..., None] + zero[..., None]), 0, 15)
+    if bug == "noise" and w.size > 30:
+        codes[..., 0] = (codes[..., 0] + 1) % 16
+    int8 = (rint(codes * level[..., None] - (zero * level)[..., None])).reshape(out, -1)
+    outputs = {"scale": scale, "level": level.astype(np.uint8), "zero": np.rint(zero).astype(np.uint8)}
+    outputs |= {"codes": codes.reshape(out, -1).astype(np.uint8), "int8": int8.astype(np.int64).astype(np.int8)}
+    return outputs | {"w_hat": (int8 * scale.astype(np.float32)).astype(np.float32)}
+
+
+_OPS = {
+    "transform.quarot": quarot,
+    "transform.dartquant": dartquant,
+    "transform.smoothattention": smoothattention,
+    "quant.qoq": qoq,
+}

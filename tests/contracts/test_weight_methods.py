@@ -11,12 +11,13 @@ import pytest
 
 from refllm.kernels.packed import matmul
 from refllm.kernels.packed.inputs import RoundedInputs
-from refllm.kernels.packed.records import KINDS, IntWeight, LowRank, Reordered, from_parts, meta, parts
+from refllm.kernels.packed.records import KINDS, IntWeight, LowRank, Reordered, TwoLevel, from_parts, meta, parts
 from refllm.kernels.stats import Stats
 from refllm.methods.recipes import FINISH, WEIGHT_FAMILIES, methods, parse
 from refllm.methods.record import report
 
 VARIANTS = {
+    "qoq": (dict(group_size=32), dict(group_size=-1)),
     "rtn": (
         dict(bits=8, symmetric=True, group_size=-1),
         dict(bits=3, group_size=32),
@@ -133,6 +134,7 @@ def sizes(record):
         out = np.empty_like(inner)
         out[:, record.order] = inner
         return out
+    record = record.flat if isinstance(record, TwoLevel) else record
     if isinstance(record, IntWeight):
         codes = record.unpacked().astype(np.float64)
         scale, zero_point = record.scales()

@@ -25,6 +25,7 @@ from refllm.kernels.packed.records import (
     Sparse24,
     SparseBitmask,
     Sum,
+    TwoLevel,
     is_record,
 )
 
@@ -46,7 +47,7 @@ def has_codes(weight: object) -> bool:
     if isinstance(weight, (Reordered, Rotated)):
         return has_codes(weight.weight)
     inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) else weight
-    return isinstance(inner, (IntWeight, MinWeight, GGUFBlocks))
+    return isinstance(inner, (IntWeight, MinWeight, TwoLevel, GGUFBlocks))
 
 
 def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Rounding = "float32") -> np.ndarray:
@@ -97,6 +98,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
         return matmul(x, weight.weight, weight.form)
     if isinstance(weight, Rotated):
         return matmul(weight.turned(x), weight.weight, activations)
+    if isinstance(weight, TwoLevel):
+        return matmul(x, weight.flat, activations)
     flat = x.reshape(-1, x.shape[-1])
     text = reference
     if x.dtype == np.float32 and backend() == "numba":

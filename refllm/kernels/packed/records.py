@@ -8,6 +8,7 @@ to.
     IntWeight      codes on an integer grid, one scale (and zero point) per group
     MinWeight      codes counted from a minimum, a scale and a minimum per group
     MixedRows      the same with a number of bits for every row
+    TwoLevel       codes under integer scales under a float scale a row
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
     VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
@@ -42,6 +43,7 @@ from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInput
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
+from refllm.kernels.packed.two_level import TwoLevel
 from refllm.kernels.packed.vectors import VectorWeight
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "StaticInputs",
     "Sum",
     "TokenInputs",
+    "TwoLevel",
     "VectorWeight",
     "as_float",
     "from_parts",
@@ -88,6 +91,7 @@ Record = (
     | StaticInputs
     | OutlierInputs
     | Rotated
+    | TwoLevel
 )
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end

@@ -29,6 +29,7 @@ from refllm.kernels.packed.tiling import (
     tile_floats,
     tile_numbers,
 )
+from refllm.kernels.packed.two_level import TwoLevel
 from refllm.kernels.packed.vectors import VectorWeight
 
 MOST_COLUMNS = 1 << 20
@@ -78,6 +79,8 @@ def form_of(weight) -> Form | None:
         return _vectors_form(weight)
     if isinstance(weight, MinWeight):
         return _min_form(weight)
+    if isinstance(weight, TwoLevel):
+        return _int_form(weight.flat)
     return _int_form(weight) if isinstance(weight, IntWeight) else None
 
 
@@ -157,6 +160,8 @@ _made: WeakKeyDictionary = WeakKeyDictionary()
 
 def tiles_of(weight) -> Tiles | None:
     """The tiles of a record, made once and kept as long as it lives; None if it has none."""
+    if isinstance(weight, TwoLevel):
+        weight = weight.flat
     if weight not in _made:
         form = form_of(weight)
         if form is None:

@@ -3,6 +3,7 @@
 from refllm.methods.transform.dartquant import dartquant as dartquant
 from refllm.methods.transform.osplus import osplus as osplus
 from refllm.methods.transform.quarot import quarot as quarot
+from refllm.methods.transform.smoothattention import smoothattention as smoothattention
 from refllm.methods.transform.smoothquant import smoothquant as smoothquant
 
-__all__ = ["dartquant", "osplus", "quarot", "smoothquant"]
+__all__ = ["dartquant", "osplus", "quarot", "smoothattention", "smoothquant"]

@@ -28,6 +28,7 @@ from refllm.kernels.packed.records import (
     StaticInputs,
     Sum,
     TokenInputs,
+    TwoLevel,
     VectorWeight,
     as_float,
     from_parts,
@@ -63,6 +64,7 @@ def one_of_each():
         "mixed rows": MixedRows.pack(
             np.arange(192, dtype=np.uint8).reshape(6, 32) % (1 << WIDTHS)[:, None], WIDTHS, W[:, 0], W[:, 1]
         ),
+        "two level": two_level(),
         "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
         "codes": fp8_blocks(W, (4, 16)),
         "codes in flat blocks": blockwise(W, block=24),
@@ -101,6 +103,11 @@ def one_of_each_with_rounded_inputs():
         "static inputs": StaticInputs(weight, scale, zero_point, 8),
         "outlier inputs": OutlierInputs(weight, np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
     }
+
+
+def two_level():
+    groups = np.arange(12).reshape(6, 2)
+    return TwoLevel.pack(np.arange(192).reshape(6, 32) % 16, groups + 1, groups, W[:, :1].astype(np.float16), 16)
 
 
 def blocks_of_int():
