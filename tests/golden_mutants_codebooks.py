@@ -24,6 +24,21 @@ BUGS = {
         "flattens": "BadShape",
         "last_pair_swapped": "Random",
     },
+    "quant.squeezellm": {
+        "plain": "Weighted",
+        "one_table": "PerRow",
+        "sensitive_in_rows": "Sensitive",
+        "signed_outliers": "Outliers",
+        "zeros_pull": "ZeroWeight",
+        "whole_values": "Residual",
+        "no_gradient_zeros": "NoGradient",
+        "unrounded_codes": "RoundedFirst",
+        "spare_values_zero": "FewNumbers",
+        "no_finite_check": "NonFinite",
+        "no_params_check": "BadParams",
+        "broadcast_fisher": "BadShape",
+        "last_pair_swapped": "Random",
+    },
 }
 
 
@@ -102,4 +117,57 @@ def scales(bug, params, absmax):
     return out, table[codes] * nested + offset
 
 
-_OPS = {"quant.blockwise": blockwise}
+# --- squeezellm ------------------------------------------------------------------------------------------------------
+
+
+def squeezellm(bug, op, params, w, fisher):
+    require(np.isfinite(w).all() and np.isfinite(fisher).all(), bug, "no_finite_check")
+    require(fisher.shape == w.shape, bug, "broadcast_fisher")
+    fine = all(0 <= params[name] < 1 for name in ("sensitive", "outliers"))
+    require(fine, bug, "no_params_check")
+    w, fisher = np.nan_to_num(w), np.nan_to_num(np.broadcast_to(fisher, w.shape), posinf=1)
+    apart = np.zeros(w.size, bool)
+    count = int(params["sensitive"] * w.size)
+    if bug == "sensitive_in_rows":
+        each = np.argsort(-fisher, axis=1, kind="stable")[:, : count // len(w)]
+        np.put_along_axis(apart.reshape(w.shape), each, True, axis=1)
+    else:
+        apart[np.argsort(-fisher.ravel(), kind="stable")[:count]] = True
+    size = w.ravel() if bug == "signed_outliers" else np.abs(w.ravel())
+    largest = np.argsort(-np.where(apart, -np.inf, size), kind="stable")[: int(min(params["outliers"], 0.5) * w.size)]
+    apart[largest[size[largest] > 0]] = True
+    apart = apart.reshape(w.shape)
+    rest = np.where(apart, 0, w)
+    h = np.where(apart & (bug != "zeros_pull"), 0, fisher).astype(np.float64)
+    if bug == "plain":
+        h = np.where(apart, 0.0, 1.0)
+    if bug != "no_gradient_zeros":
+        h[~h.any(axis=1)] = 1
+    tables = np.array([best_table(bug, *row, 1 << params["bits"]) for row in zip(rest, h, strict=True)])
+    if bug == "one_table":
+        tables[:] = best_table(bug, rest.ravel(), h.ravel(), 1 << params["bits"])
+    half = tables.astype(np.float16)
+    used = tables if bug == "unrounded_codes" else half.astype(np.float64)
+    codes = (rest[..., None] > ((used[:, 1:] + used[:, :-1]) / 2)[:, None]).sum(axis=-1).astype(np.uint8)
+    if bug == "last_pair_swapped" and w.shape[1] > 9:
+        codes[-1] = codes[-1][::-1].copy()
+    w_hat = np.take_along_axis(half.astype(np.float32), codes.astype(int), axis=1)
+    values = ((w if bug == "whole_values" else w - w_hat.astype(np.float64))[apart]).astype(np.float16)
+    w_hat[apart] += values.astype(np.float32)
+    out = {"mask": apart.astype(np.uint8), "tables": half, "codes": codes, "w_hat": w_hat}
+    return out | ({"values": values} if values.size else {})
+
+
+def best_table(bug, row, h, count):
+    from refllm.kernels.kmeans import exact_1d
+
+    if not h.any():
+        return np.zeros(count)
+    keep = h > 0
+    table = exact_1d(row[None, keep], h[None, keep], count)[0]
+    if bug == "spare_values_zero":
+        table = np.sort(np.append(np.unique(table), np.zeros(count))[:count])
+    return table
+
+
+_OPS = {"quant.blockwise": blockwise, "quant.squeezellm": squeezellm}

@@ -5,6 +5,11 @@ return another. Neighbouring weight stages walk the layers together, with calibr
 earlier layers already compressed; each linear is handed to them in turn and its packed record takes its place, and
 finishing stages are handed that record and the weight it stands for. Run-time stages (activations, cache, attention,
 generation) are bound to the model's `runtime`.
+
+A packing method with a keyword-only parameter `fisher` is also handed the mean squared gradients of the loss on the
+calibration text (refllm.model.fisher). They belong to a weight and not to its inputs, so they are no part of Stats;
+they are computed once for all layers, at the weights before the first of the neighbouring stages, and the method must
+do without them (fisher=None) where it is called directly, and where a weight is stored turned.
 """
 
 import inspect
@@ -30,6 +35,7 @@ from refllm.methods.recipes import (
 )
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
+from refllm.model.fisher import fisher_diagonal
 from refllm.model.model import Model
 from refllm.model.sample import generate_ids
 from refllm.model.walk import first_layer, layer_linears, walk
@@ -137,6 +143,8 @@ def _change_weights(model: Model, stages: list[Stage], calibration, on_report) -
     """Neighbouring weight stages, one linear after another."""
     model = replace(model, weights=dict(model.weights))
     plan = _plan(model, stages)
+    sensitive = [name for name, todo in plan.items() if any(_takes_fisher(stage.function) for stage in todo)]
+    fisher = fisher_diagonal(model, calibration, sensitive) if sensitive else {}
     if calibration is None:
         for name, todo in plan.items():
             _compress_weight(model, name, todo, None, on_report)
@@ -146,7 +154,7 @@ def _change_weights(model: Model, stages: list[Stage], calibration, on_report) -
     for layer, stats in walk(model, calibration):
         for name in layer_linears(layer):
             if name in plan:
-                _compress_weight(model, name, plan[name], stats[name], on_report)
+                _compress_weight(model, name, plan[name], stats[name], on_report, fisher.pop(name, None))
     if HEAD in plan:
         _compress_weight(model, HEAD, plan[HEAD], None, on_report)
     return model
@@ -235,6 +243,10 @@ def _needs_calibration(function: Callable) -> bool:
     return (parameters.get("stats") or parameters["ids"]).default is inspect.Parameter.empty
 
 
+def _takes_fisher(function: Callable) -> bool:
+    return "fisher" in inspect.signature(function).parameters
+
+
 def needs_calibration(recipe: str) -> bool:
     """Whether a method of this recipe looks at activations; without one the walk over the text can be saved.
 
@@ -275,13 +287,13 @@ def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
     return plan
 
 
-def _compress_weight(model, name, stages, stats, on_report) -> None:
+def _compress_weight(model, name, stages, stats, on_report, fisher=None) -> None:
     original = model.weights[name]
     dense = _dense(original)
     record = original if stages[0].family == FINISH else _floats(original, keep=_FLOAT_PARTS)
     for stage in stages:
         try:
-            record = _apply(record, dense, stats, stage)
+            record = _apply(record, dense, stats, stage, fisher)
         except ValueError as error:
             raise ValueError(f"{stage.method} cannot compress {name} {dense.shape}: {error}") from error
     model.weights[name] = record
@@ -289,14 +301,17 @@ def _compress_weight(model, name, stages, stats, on_report) -> None:
         on_report(report(name, dense, record, stats))
 
 
-def _apply(record, dense: np.ndarray, stats: Stats | None, stage: Stage):
+def _apply(record, dense: np.ndarray, stats: Stats | None, stage: Stage, fisher: np.ndarray | None = None):
     """One stage to a weight, or to what is inside a record."""
     if isinstance(record, Rotated):  # what is stored meets turned inputs, and a method is to see these
         turned = None if stats is None else Stats(record.turned(stats.X))
         return replace(record, weight=_apply(record.weight, record.turned(dense), turned, stage))
     if stage.family == FINISH:
         return _finish(record, dense, stats, stage)
-    return _inside(record, stage) if is_record(record) else stage.function(record, stats, **stage.knobs)
+    if is_record(record):
+        return _inside(record, stage)
+    more = {"fisher": fisher} if _takes_fisher(stage.function) else {}
+    return stage.function(record, stats, **stage.knobs, **more)
 
 
 def _finish(record, dense: np.ndarray, stats, stage: Stage):

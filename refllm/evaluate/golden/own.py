@@ -88,6 +88,20 @@ def _aciq(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": record.unpacked(), "scale": record.scale, "minimum": record.minimum}
 
 
+def _squeezellm(params: dict, w: np.ndarray, fisher: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.records import Sum
+    from refllm.methods.quant.squeezellm import squeezellm
+
+    record = squeezellm(w, None, fisher=fisher, **params)
+    lut, mask = record, np.zeros(w.shape, np.uint8)
+    outputs = {"w_hat": record.dense(), "mask": mask}
+    if isinstance(record, Sum):
+        lut, kept = record.terms
+        mask.reshape(-1)[kept.places] = 1
+        outputs["values"] = kept.values
+    return outputs | {"codes": lut.unpacked(), "tables": lut.tables}
+
+
 def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, np.ndarray]:
     from refllm.kernels.packed import matmul
     from refllm.kernels.packed.records import IntWeight
@@ -400,6 +414,7 @@ _OPS = {
     "quant.omse": _omse,
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,
+    "quant.squeezellm": _squeezellm,
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,

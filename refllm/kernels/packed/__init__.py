@@ -24,6 +24,7 @@ from refllm.kernels.packed.records import (
     Rotated,
     Sparse24,
     SparseBitmask,
+    SparseRows,
     Sum,
     TwoLevel,
     is_record,
@@ -92,6 +93,8 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
     if isinstance(weight, Sum):
         first, second = weight.terms
         return matmul(x, first, activations) + matmul(x, second, activations)
+    if isinstance(weight, SparseRows):
+        return weight.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], weight.shape[0])
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
     if isinstance(weight, TokenInputs) and weight.form in BITS and isinstance(weight.weight, IntWeight):

@@ -1,4 +1,4 @@
-"""Records of weights on a table of values (NF4, FP8, FP4 ...), and of weights whose columns are stored reordered."""
+"""Records of weights on a table of values (NF4, FP8, FP4 ...; a table a row), and of weights with reordered columns."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +9,7 @@ import numpy as np
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.packed.base import (
     ALL,
+    FLOATS,
     BaseRecord,
     check_array,
     check_columns,
@@ -175,6 +176,59 @@ class CodeWeight(BaseRecord):
             if self.rule == "multiply_127":
                 out *= np.float32(1 / 127)
             return out if self.offset is None else out + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows(BaseRecord):
+    """Codes of a table of its own for every row: w[r, c] = tables[r, code[r, c]].
+
+    Parameters
+    ----------
+    codes : (out, ceil(columns * bits / 8)) uint8
+        Bit order of refllm.formats.bits.
+    tables : (out, 2^bits) float16 or float32
+        2 to 256 values a row, in any order.
+    columns : int
+    """
+
+    codes: np.ndarray
+    tables: np.ndarray
+    columns: int
+    kind: ClassVar[str] = "table_rows"
+    stored: ClassVar[tuple[str, ...]] = ("codes", "tables")
+
+    def __post_init__(self):
+        check_columns(self.columns)
+        rows = row_count("codes", self.codes)
+        values = self.tables.shape[1] if np.ndim(self.tables) == 2 else 0
+        if values not in (2, 4, 8, 16, 32, 64, 128, 256):
+            raise ValueError(f"tables must be [out, 2 to 256, a power of two], got shape {np.shape(self.tables)}")
+        check_array("tables", self.tables, FLOATS, (rows, values))
+        check_packed("codes", self.codes, rows, self.columns, self.bits)
+
+    @classmethod
+    def pack(cls, codes: np.ndarray, tables: np.ndarray):
+        """From codes (out, in), integers; the other parameters are the fields."""
+        return cls(pack_bits(codes, int(tables.shape[1]).bit_length() - 1), tables, codes.shape[1])
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return int(self.tables.shape[1]).bit_length() - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.columns
+
+    def unpacked(self, ids: np.ndarray | slice = ALL) -> np.ndarray:
+        """The codes of some rows, (k, in) uint8."""
+        return unpack_bits(self.codes[ids], self.bits, self.columns)
+
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """Some rows, (k, in) float32."""
+        tables = self.tables[ids].astype(np.float32)
+        return np.take_along_axis(tables, self.unpacked(ids).astype(np.intp), axis=1)
 
 
 def scale_shape(shape: tuple[int, int], block_rows: int, block_columns: int) -> tuple[int, int]:

@@ -209,7 +209,8 @@ def float_products(form: Form, part: int, parts: int, n: int):
     """A word: sums of number * x over a block or one half of it, in two sums that do not wait for each other.
 
     Its arguments are the address of the block's codes; that of n times 32 floats; zero : Floats, whole numbers that are
-    subtracted from codes that are numbers; and the table: sixteen Floats, or the address of 256, or anything.
+    subtracted from codes that are numbers; and the table: sixteen Floats, or the address of 256, or that of as many
+    Floats as there are codes, one lane a row, or anything.
     """
     quads, kind = _quads(part, parts), several(Floats, n)
 
@@ -352,6 +353,8 @@ def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: i
                 number = emit_load(b, codes, form.bits // 8 * ROWS * (4 * quad + c), stored)
                 yield quad, c, emit_half_to_float(b, number) if form.table == tables.HALF else number
         return
+    if form.table == tables.OF_ROWS:
+        choices = [emit_load(b, table, 4 * ROWS * code, Floats.llvm) for code in range(1 << form.bits)]
     for quad, some in zip(quads, _code_quads(b, codes, form, quads), strict=True):
         lanes = b.bitcast(some, Ints.llvm)
         for c in range(4):
@@ -361,6 +364,8 @@ def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: i
                 number = _look_up_sixteen(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)))
             elif form.table == tables.MANY:
                 number = _look_up_many(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)), 255)
+            elif form.table == tables.OF_ROWS:
+                number = _chosen(b, choices, b.lshr(lanes, constant(Ints.llvm, 8 * c)))
             else:
                 number = _whole_number(b, lanes, c, form.width, zero)
             yield quad, c, number

@@ -12,9 +12,11 @@ to.
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
     VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
+    TableRows      codes of a table of values of each row's own
     Reordered      a record whose columns are stored in another order
     Sparse24       two of every four columns, with 2-bit positions
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
+    SparseRows     a few kept values with their columns
     BlockSparse    the kept blocks, one bit per block saying where
     LowRank        two factors; never multiplied out
     Sum            two weights of one shape, whose products are added
@@ -38,11 +40,11 @@ import numpy as np
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.block_sparse import BlockSparse
-from refllm.kernels.packed.codes import CodeWeight, Reordered
+from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
 from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
-from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, Sum
+from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, SparseRows, Sum
 from refllm.kernels.packed.two_level import TwoLevel
 from refllm.kernels.packed.vectors import VectorWeight
 
@@ -61,8 +63,10 @@ __all__ = [
     "Rotated",
     "Sparse24",
     "SparseBitmask",
+    "SparseRows",
     "StaticInputs",
     "Sum",
+    "TableRows",
     "TokenInputs",
     "TwoLevel",
     "VectorWeight",
@@ -81,9 +85,11 @@ Record = (
     | GGUFBlocks
     | CodeWeight
     | VectorWeight
+    | TableRows
     | Reordered
     | Sparse24
     | SparseBitmask
+    | SparseRows
     | BlockSparse
     | LowRank
     | Sum

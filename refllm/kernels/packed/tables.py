@@ -4,6 +4,7 @@
     FP8_E4M3FN ...          small floats with a sign: their bits are moved into a float32
     SIXTEEN                 one of sixteen floats
     MANY                    one of 256 floats
+    OF_ROWS                 one of up to sixteen floats of the row's own
     HALF, SINGLE            no code at all: a float16 or a float32
 
 Integer products (int8 activations) exist for codes that are numbers and for whole numbers; the others have float ones.
@@ -16,7 +17,7 @@ from refllm.formats.dtypes import FP6_E2M3, FP6_E3M2, FP8_E4M3FN, FP8_E4M3FNUZ, 
 
 WHOLE = {"IQ4": IQ4_LEVELS, "FP4": FP4_DOUBLED, "BINARY": np.array([-1, 1], np.int8)}
 SMALL = {form.name: form for form in (FP8_E4M3FN, FP8_E5M2, FP8_E4M3FNUZ, FP8_E5M2FNUZ, FP6_E2M3, FP6_E3M2, UE4M3)}
-SIXTEEN, MANY = "sixteen", "many"
+SIXTEEN, MANY, OF_ROWS = "sixteen", "many", "of_rows"
 HALF, SINGLE = "half", "single"
 
 

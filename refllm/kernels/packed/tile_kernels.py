@@ -56,7 +56,7 @@ from refllm.kernels.packed.products import (
     sixteen_in_registers,
 )
 from refllm.kernels.packed.simd import target_features
-from refllm.kernels.packed.tables import MANY, SIXTEEN
+from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_sums, store_sums, vector_products
 
@@ -129,22 +129,30 @@ def _picked_products(form: Form, integers: bool, n: int, part: int):
 
 
 @register_jitable
-def _table_in_registers(weight):
+def _table_in_registers(weight, tile):
     return load_floats(word(weight, 6))
 
 
 @register_jitable
-def _table_address(weight):
+def _table_address(weight, tile):
     return word(weight, 6)
 
 
 @register_jitable
-def _no_table(weight):
+def _no_table(weight, tile):
     return every(0)
 
 
 def _load_table(form: Form):
-    """What float_products takes as its table, from the table of addresses."""
+    """What float_products takes as its table, from the table of addresses and the number of a tile."""
+    if form.table == OF_ROWS:
+        table_bytes = 4 * ROWS << form.bits
+
+        @register_jitable
+        def table_of_tile(weight, tile):
+            return word(weight, 6) + tile * table_bytes
+
+        return table_of_tile
     if form.table == SIXTEEN and sixteen_in_registers():
         return _table_in_registers
     return _table_address if form.table in (SIXTEEN, MANY) else _no_table
@@ -220,9 +228,10 @@ def product_text(form: Form, integers: bool, n: int):
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
-        blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
+        blocks, per = word(weight, 4), word(weight, 5)
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
+                table = load_table(weight, tile)
                 for panel in range(start, min(start + PANELS, panels)):
                     at = panel * blocks
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
@@ -241,7 +250,7 @@ def _blocks_text(form: Form, integers: bool, n: int):
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
-        blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight)
+        blocks, per, table = word(weight, 4), word(weight, 5), load_table(weight, 0)
         begin, where, run = word(weight, 8), word(weight, 9), word(weight, 10)
         for start in range(0, panels, PANELS):
             for tile in range(first, last):

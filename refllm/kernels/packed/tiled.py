@@ -16,7 +16,7 @@ from refllm.formats.files import forget_pages
 from refllm.kernels.grids import PER_TENSOR, group_count
 from refllm.kernels.packed import code_tiles, tables
 from refllm.kernels.packed.block_sparse import BlockSparse
-from refllm.kernels.packed.codes import CodeWeight
+from refllm.kernels.packed.codes import CodeWeight, TableRows
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight
 from refllm.kernels.packed.sparse import Plain, Sparse24, SparseBitmask
 from refllm.kernels.packed.tiling import (
@@ -66,6 +66,8 @@ def form_of(weight) -> Form | None:
         return _GGUF.get(weight.type_name)
     if isinstance(weight, CodeWeight):
         return _code_form(weight)
+    if isinstance(weight, TableRows):
+        return Form(weight.bits, "float", table=tables.OF_ROWS) if weight.bits <= 4 else None
     if isinstance(weight, Sparse24):
         return _pairs_form(weight)
     if isinstance(weight, Plain):
@@ -105,7 +107,7 @@ def _blocks_form(weight: BlockSparse) -> Form | None:
     if isinstance(values, np.ndarray):
         return Form(8 * values.itemsize, "float", table=tables.of_floats(values.dtype), layout="blocks")
     form = form_of(values)
-    if form is None or form.scale in ("levels", "ue4m3") or form.layout:
+    if form is None or form.scale in ("levels", "ue4m3") or form.table == tables.OF_ROWS or form.layout:
         return None
     return replace(form, layout="blocks")
 
@@ -187,6 +189,8 @@ def _tile(weight, form: Form) -> Tiles:
     values = None
     if form.table in (tables.SIXTEEN, tables.MANY):
         values = code_tiles.lookup_values(weight.values if form.layout else weight)
+    if form.table == tables.OF_ROWS:
+        values = tile_numbers((weight.values if form.layout else weight).tables.astype(np.float32))
     per = codes.shape[1] * form.parts // scale.shape[1]
     return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
 
@@ -276,12 +280,19 @@ def _arrays(weight, ids: slice, form: Form) -> tuple:
         return np.concatenate([codes, tile_codes(weight.pairs(ids), 2)], axis=2), *rest
     if isinstance(weight, Plain):
         return _arrays(weight.values, ids, form)
+    if isinstance(weight, TableRows):
+        return tile_codes(weight.unpacked(ids), form.bits), _ones(ids), None, None, None
     if isinstance(weight, np.ndarray):
-        return tile_floats(weight[ids]), tile_numbers(np.ones((len(weight[ids]), 1), np.float32)), None, None, None
+        return tile_floats(weight[ids]), _ones(ids), None, None, None
     if isinstance(weight, MinWeight):
         scale, minimum = (tile_numbers(a[ids]) for a in (weight.scale, weight.minimum))
         return tile_codes(weight.unpacked(ids), form.bits), scale, minimum, None, None
     return {IntWeight: _int_arrays, GGUFBlocks: _gguf_arrays, CodeWeight: _code_arrays}[type(weight)](weight, ids, form)
+
+
+def _ones(ids: slice) -> np.ndarray:
+    """Scales of rows that have none."""
+    return tile_numbers(np.ones((ids.stop - ids.start, 1), np.float32))
 
 
 def _int_arrays(weight: IntWeight, ids: slice, form: Form) -> tuple:

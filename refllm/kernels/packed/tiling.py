@@ -122,7 +122,7 @@ class Tiles:
         Blocks that share a scale.
     values : (16 or 256,) float32, or (kept + 16,) float16 or float32, or None
         The table where it is one of floats; the numbers beside a bitmask, and some behind them that may be read;
-        codebooks of vectors.
+        codebooks of vectors; (tiles, 2^bits, 16) float32, tables of rows.
     factor : (tiles, 16) float32, or None
         What a row's product is multiplied with in the end, beside ue4m3 scales.
     first : (tiles + 1,) uint32, or None

@@ -9,7 +9,21 @@ from refllm.methods.quant.nf4 import nf4 as nf4
 from refllm.methods.quant.omse import omse as omse
 from refllm.methods.quant.qoq import qoq as qoq
 from refllm.methods.quant.rtn import rtn as rtn
+from refllm.methods.quant.squeezellm import squeezellm as squeezellm
 from refllm.methods.quant.zeroquant import zeroquant as zeroquant
 from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
 
-__all__ = ["aciq", "fp4", "gptq", "hqq", "llm_int8", "nf4", "omse", "qoq", "rtn", "zeroquant", "zeroquant_fp"]
+__all__ = [
+    "aciq",
+    "fp4",
+    "gptq",
+    "hqq",
+    "llm_int8",
+    "nf4",
+    "omse",
+    "qoq",
+    "rtn",
+    "squeezellm",
+    "zeroquant",
+    "zeroquant_fp",
+]

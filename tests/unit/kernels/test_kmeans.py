@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.kernels.kmeans import exact_1d, kmeans, lloyd_1d, nearest, nearest_1d
+from refllm.kernels.kmeans import exact_1d, kmeans, lloyd_1d, near_best_1d, nearest, nearest_1d
 from tests.strategies import PROPERTY, SEEDS
 
 
@@ -90,6 +90,25 @@ def test_steps_never_raise_the_objective_and_never_beat_the_optimum(seed, K):
     errors = [objective(x, weights, lloyd_1d(x, weights, start, n)) for n in (0, 1, 2, 5, 50)]
     assert all((b <= a + 1e-9).all() for a, b in itertools.pairwise(errors))
     assert (objective(x, weights, exact_1d(x, weights, K)) <= errors[-1] + 1e-9).all()
+
+
+def test_near_best_is_the_best_of_short_rows_and_near_it_in_long_ones():
+    x, weights = row_problem(5, rows=6, n=60)
+    best = objective(x, weights, exact_1d(x, weights, 8))
+    np.testing.assert_allclose(objective(x, weights, near_best_1d(x, weights, 8)), best, rtol=1e-9)
+    x, weights = row_problem(6, rows=6, n=300)
+    best, found = (objective(x, weights, f(x, weights, 8)) for f in (exact_1d, near_best_1d))
+    assert (found <= 1.1 * best).all() and found.sum() <= 1.04 * best.sum()
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 9))
+def test_near_best_is_never_worse_than_the_even_grid(seed, K):
+    x, weights = row_problem(seed, n=30)
+    used = np.where(weights > 0, x, np.nan)
+    low, high = np.nan_to_num(np.nanmin(used, axis=1)), np.nan_to_num(np.nanmax(used, axis=1))
+    even = np.linspace(low, high, K, axis=1)
+    assert (objective(x, weights, near_best_1d(x, weights, K, 8)) <= objective(x, weights, even) + 1e-9).all()
 
 
 def test_by_hand():

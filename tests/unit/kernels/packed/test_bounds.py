@@ -16,7 +16,7 @@ from refllm.kernels.packed import fast, tile_kernels
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.records import BlockSparse, CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
-from refllm.kernels.packed.records import VectorWeight
+from refllm.kernels.packed.records import TableRows, VectorWeight
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -71,6 +71,9 @@ for weight in (blockwise(W, block=16), fp8_blocks(W), nvfp4(W), blockwise(W, "FP
 for table, bits in (("DYNAMIC8", 8), ("FP6_E2M3", 6), ("BINARY", 1)):
     codes = rng.integers(0, 1 << bits, (19, 37)).astype(np.uint8)
     check_tiles(CodeWeight.pack(codes, None, table, (1, 37)), W[:, :37], (1,) if bits == 6 else (1, 13))
+for bits in (1, 3, 4):
+    codes = rng.integers(0, 1 << bits, (19, 37)).astype(np.uint8)
+    check_tiles(TableRows.pack(codes, rng.standard_normal((19, 1 << bits)).astype(np.float16)), W[:, :37], (1, 13))
 for columns in (32, 36, 96):
     indices = np.resize(np.uint8([0x4E, 0xC9]), (19, -(-columns // 8)))
     indices[:, -1] &= 0xFF if columns % 8 == 0 else 0x0F

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from refllm.formats import blocks
 from refllm.formats.dtypes import FORMATS
-from refllm.kernels.packed import fast, reference, tables
+from refllm.kernels.packed import fast, matmul, reference, tables
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
 from refllm.kernels.packed.codes import DYNAMIC8, OWN, scale_shape, table_values
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, int8_rows, nvfp4
-from refllm.kernels.packed.records import CodeWeight, GGUFBlocks
+from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, Sparse24, SparseRows, Sum, TableRows
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from tests.strategies import PROPERTY, activations, gamma
 from tests.unit.kernels.packed.test_fast import random_blocks
@@ -255,3 +255,60 @@ def test_tables_name_every_format_that_a_weight_may_have():
         if table == "":
             codes = np.arange(1 << form.bits, dtype=np.uint8)
             assert np.array_equal((codes ^ offset).astype(np.float32) - offset, table_values(name))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@settings(PROPERTY, max_examples=100)
+@given(data=st.data(), rows=st.integers(1, 35), columns=st.integers(1, 70), seed=st.integers(0, 2**16))
+def test_a_table_a_row_within_the_bound(bits, data, rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
+    tables_of_rows = rng.standard_normal((rows, 1 << bits)).astype(["float16", "float32"][seed % 2])
+    weight = TableRows.pack(codes, tables_of_rows)
+    assert form_of(weight).table == tables.OF_ROWS
+    W = weight.dense()
+    np.testing.assert_array_equal(W, [[row[c] for c in some] for row, some in zip(tables_of_rows, codes, strict=True)])
+    check_product(lambda x: fast.matmul_float(x, weight), data.draw(tokens_and(columns)), W)
+
+
+def test_tables_of_more_than_sixteen_are_decoded():
+    rng = np.random.default_rng(0)
+    weight = TableRows.pack(rng.integers(0, 32, (5, 9)).astype(np.uint8), rng.standard_normal((5, 32), np.float32))
+    assert form_of(weight) is None
+    x = rng.standard_normal((3, 9), np.float32)
+    np.testing.assert_allclose(fast.matmul_float(x, weight), x @ weight.dense().T, rtol=1e-5, atol=1e-5)
+
+
+def test_2_4_of_tables_of_rows():
+    rng = np.random.default_rng(1)
+    values = TableRows.pack(rng.integers(0, 8, (20, 32)).astype(np.uint8), rng.standard_normal((20, 8), np.float32))
+    weight = Sparse24(values, np.resize(np.uint8([0x4E, 0xC9]), (20, 8)), 64)
+    x = rng.standard_normal((14, 64), np.float32)
+    check_product(lambda x: fast.matmul_float(x, weight), x, weight.dense())
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+@PROPERTY
+@given(rows=st.integers(1, 6), columns=st.sampled_from((1, 7, 256, 257)), seed=st.integers(0, 2**16))
+def test_few_kept_weights(kernels, rows, columns, seed):
+    """Rows without any, columns in bytes and in pairs of bytes; alone and beside codes."""
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((rows, columns)).astype(np.float32)
+    mask = rng.random(W.shape) < rng.choice([0, 0.02, 0.5, 1])
+    mask[0] &= seed % 3 > 0
+    kept = SparseRows.compress(W, mask, "float32")
+    np.testing.assert_array_equal(kept.dense(), np.where(mask, W, 0))
+    np.testing.assert_array_equal(kept.rows(np.array([rows - 1, 0, 0])), np.where(mask, W, 0)[[rows - 1, 0, 0]])
+    assert kept.nbytes == mask.sum() * (4 + (1 if columns <= 256 else 2)) + rows * (
+        2 if mask.sum(axis=1).max() > 255 else 1
+    )
+    x = rng.standard_normal((3, columns)).astype(np.float32)
+    codes = TableRows.pack(np.zeros(W.shape, np.uint8), np.ones((rows, 2), np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFLLM_KERNELS", kernels)
+        for weight in (kept, Sum(codes, kept)):
+            y, W_hat = matmul(x, weight), weight.dense()
+            exact = x.astype(np.float64) @ W_hat.T.astype(np.float64)
+            size = np.abs(x).astype(np.float64) @ (np.abs(kept.dense()) + 1).T
+            assert (np.abs(y - exact) <= gamma(columns + 4) * size).all()
+    assert matmul(x.astype(np.float64), kept).dtype == np.float64
