@@ -21,6 +21,7 @@ from tests import (
     golden_mutants_numbers,
     golden_mutants_ranges,
     golden_mutants_rotations,
+    golden_mutants_scaled,
 )
 
 MUTANTS = (
@@ -32,6 +33,7 @@ MUTANTS = (
     golden_mutants_rotations,
     golden_mutants_gptq,
     golden_mutants_ranges,
+    golden_mutants_scaled,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]

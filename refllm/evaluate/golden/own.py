@@ -61,6 +61,14 @@ def _blockwise(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return outputs | {"absmax": inner.unpacked()[0], "nested_absmax": inner.scale[0], "offset": inner.offset}
 
 
+def _small_float(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.encode_codes import small_float
+
+    block = params["block_rows"], params["block_columns"]
+    record = small_float(w, params["table"], block, params["scale_dtype"])
+    return {"codes": record.unpacked(), "scale": record.scale, "w_hat": record.dense()}
+
+
 def _omse(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.quant.omse import omse
 
@@ -411,6 +419,7 @@ _OPS = {
     "quant.rtn.matmul": _rtn_matmul,
     "quant.blockwise": _blockwise,
     "quant.gptq": _gptq,
+    "quant.small_float": _small_float,
     "quant.omse": _omse,
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,

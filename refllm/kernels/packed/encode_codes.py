@@ -6,8 +6,9 @@ Each is the rounding of the software whose files have that layout, so that both 
 import numpy as np
 
 from refllm.formats.checkpoints.bitsandbytes import NESTED_BLOCK, encode_absmax
-from refllm.formats.dtypes import FORMATS, FP8_E4M3FN
-from refllm.formats.microscale import NVFP4
+from refllm.formats.dtypes import FORMATS
+from refllm.formats.microscale import NVFP4, MXFormat
+from refllm.kernels.packed.base import as_float
 from refllm.kernels.packed.codes import DYNAMIC8, FLAT
 from refllm.kernels.packed.records import CodeWeight
 
@@ -74,13 +75,38 @@ def int8_rows(W: np.ndarray) -> CodeWeight:
 
 def fp8_blocks(W: np.ndarray, block: tuple[int, int] = (128, 128)) -> CodeWeight:
     """E4M3 in blocks: scale = largest magnitude / 448, 1 for a block of zeros."""
-    W = _checked(W)
+    return small_float(W, "FP8_E4M3FN", block)
+
+
+def small_float(W: np.ndarray, table: str, block: tuple[int, int], scale_dtype: str = "float32") -> CodeWeight:
+    """A small float in blocks: scale = largest magnitude / largest number, 1 for a block of zeros.
+
+    Parameters
+    ----------
+    W : (out, in) float, finite
+    table : str
+        A float format of refllm.formats.dtypes.
+    block : (rows, columns)
+    scale_dtype : str
+        float32 or float16; the codes are computed with the stored scale, those beyond the largest number saturate.
+    """
+    W, form = _checked(W), FORMATS[table]
     rows, columns = (np.arange(0, size, step) for size, step in zip(W.shape, block, strict=True))
     amax = np.maximum.reduceat(np.maximum.reduceat(np.abs(W), rows, axis=0), columns, axis=1)
-    scale = np.maximum(np.where(amax > 0, amax, FP8_E4M3FN.max) / np.float32(FP8_E4M3FN.max), np.finfo(np.float32).tiny)
-    scale = scale.astype(np.float32)
-    spread = np.repeat(np.repeat(scale, block[0], axis=0)[: W.shape[0]], block[1], axis=1)[:, : W.shape[1]]
-    return CodeWeight.pack(FP8_E4M3FN.encode(W / spread), scale, "FP8_E4M3FN", block)
+    scale = np.where(amax > 0, amax, form.max) / np.float32(form.max)
+    limits = np.finfo(scale_dtype)
+    least = limits.tiny if scale_dtype == "float32" else limits.smallest_subnormal
+    scale = as_float(np.maximum(scale.astype(np.float32), np.float32(least)), scale_dtype)
+    spread = np.repeat(np.repeat(scale.astype(np.float32), block[0], axis=0)[: W.shape[0]], block[1], axis=1)
+    return CodeWeight.pack(form.encode(W / spread[:, : W.shape[1]]), scale, table, block)
+
+
+def microscaled(W: np.ndarray, form: MXFormat, scale_rule: str = "floor") -> CodeWeight:
+    """A microscaling format along the rows, its E8M0 scales as codes."""
+    codes, scales = form.encode(_checked(W), scale_rule)
+    return CodeWeight.pack(
+        codes, CodeWeight.pack(scales, None, "E8M0", (1, 1)), form.element.name, (1, form.block_size)
+    )
 
 
 def nvfp4(W: np.ndarray) -> CodeWeight:

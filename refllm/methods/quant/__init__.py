@@ -4,6 +4,10 @@ from refllm.methods.quant.aciq import aciq as aciq
 from refllm.methods.quant.gptq import gptq as gptq
 from refllm.methods.quant.hqq import hqq as hqq
 from refllm.methods.quant.llm_int8 import llm_int8 as llm_int8
+from refllm.methods.quant.microscaling import fp6 as fp6
+from refllm.methods.quant.microscaling import fp8 as fp8
+from refllm.methods.quant.microscaling import mx as mx
+from refllm.methods.quant.microscaling import nvfp4 as nvfp4
 from refllm.methods.quant.nf4 import fp4 as fp4
 from refllm.methods.quant.nf4 import nf4 as nf4
 from refllm.methods.quant.omse import omse as omse
@@ -16,10 +20,14 @@ from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
 __all__ = [
     "aciq",
     "fp4",
+    "fp6",
+    "fp8",
     "gptq",
     "hqq",
     "llm_int8",
+    "mx",
     "nf4",
+    "nvfp4",
     "omse",
     "qoq",
     "rtn",
