@@ -10,8 +10,8 @@ from refllm.evaluate.golden.suites.rtn_notes import note
 HEADER = [
     "Input w, f32 [out, in]. Params: table (FP8_E4M3FN, FP6_E3M2, FP6_E2M3), block_rows, block_columns (the last "
     "blocks of a side may be smaller), scale_dtype. Per block: scale = float32(amax / largest number of the table), "
-    "1 for a block of zeros, rounded to scale_dtype; x = float32(w / scale); code = the number nearest to x, a tie to the "
-    "even mantissa, beyond the largest the largest, with the sign of w.",
+    "1 for a block of zeros, rounded to scale_dtype; x = float32(w / scale); code = the number nearest to x, a tie to "
+    "the even mantissa, beyond the largest the largest, with the sign of w.",
     "Outputs: codes u8 [out, in] (sign, exponent, mantissa), scale [blocks of rows, blocks of columns], w_hat f32 = "
     "number * scale. NaN, infinities and a scale beyond float16 are rejected.",
 ]  # fmt: skip
