@@ -4,6 +4,8 @@
 
 measured after RoPE, which turns channels j and j + D/2 together: only one factor for both passes through it and can be
 folded into the rows of q and k. Query heads of one group read the same keys and take the same factors. Scores stay.
+It helps a cache that rounds a key token by token, as QServe's does; one whose key channels have scales of their own
+(`kivi`) does not see it.
 
 Paper: Lin et al. 2024, "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving", arXiv:2405.04532,
 section 4.2.

@@ -12,7 +12,7 @@ from refllm.kernels.hadamard import hadamard
 from refllm.kernels.packed.records import IntWeight, Rotated, Sparse24, is_record
 from refllm.kernels.stats import Stats
 from refllm.methods.prune import wanda
-from refllm.methods.quant import rtn
+from refllm.methods.quant import gptq, rtn
 from refllm.methods.transform import quarot
 from refllm.model.llama import forward
 from refllm.model.load import load
@@ -93,6 +93,21 @@ def test_later_stages_pack_what_is_inside_from_turned_inputs():
     assert np.array_equal(sparse.weight.indices, twin.indices)
     both = refllm.compress(model, "quarot+wanda:pattern=2:4+rtn:bits=4,group=-1", IDS).weights[O]
     assert isinstance(both.weight, Sparse24) and isinstance(both.weight.values, IntWeight)
+
+
+def test_gptq_compensates_with_turned_inputs():
+    """The recipe of the paper; the same codes as GPTQ on what is stored and what it meets."""
+    model = random_model("llama")
+    small = refllm.compress(model, "quarot+gptq:bits=4,group=-1+dynamic:bits=4", IDS)
+    turned = quarot(model)
+    stats = next(walk(turned, IDS))[1]
+    for name in (O, DOWN):
+        inside = turned.weights[name]
+        twin = gptq(inside.weight, Stats(inside.turned(stats[name].X)), bits=4, group_size=-1)
+        assert np.array_equal(small.weights[name].weight.codes, twin.codes)
+        blind = gptq(inside.weight, stats[name], bits=4, group_size=-1)
+        assert not np.array_equal(blind.codes, twin.codes)
+    assert np.isfinite(forward(small, IDS)).all()
 
 
 def test_rounded_inputs_are_measured_behind_the_turn():
