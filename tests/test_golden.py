@@ -19,6 +19,7 @@ from tests import (
     golden_mutants_gptq,
     golden_mutants_methods,
     golden_mutants_numbers,
+    golden_mutants_outliers,
     golden_mutants_ranges,
     golden_mutants_rotations,
     golden_mutants_scaled,
@@ -34,6 +35,7 @@ MUTANTS = (
     golden_mutants_gptq,
     golden_mutants_ranges,
     golden_mutants_scaled,
+    golden_mutants_outliers,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refllm.evaluate.golden import own_checkpoints
+from refllm.evaluate.golden import own_checkpoints, own_outliers
 
 
 def implementation(op: str, params: dict, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -446,4 +446,5 @@ _OPS = {
     "formats.mx.encode": _mx_encode,
     "formats.nvfp4.encode": _nvfp4_encode,
     **own_checkpoints.OPS,
+    **own_outliers.OPS,
 }

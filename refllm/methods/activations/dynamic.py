@@ -20,6 +20,7 @@ Differs from QuaRot's code: a token of zeros keeps a scale of 0, and one that ho
 Stage: prefill
 Inventory: 9
 Lesson: lessons/12-outliers.md
+Golden: activations/dynamic
 """
 
 from refllm.kernels.packed.activations import Rounding

@@ -15,6 +15,7 @@ the authors' code is not public.
 Stage: memory, prefill
 Inventory: 27
 Lesson: lessons/12-outliers.md
+Golden: finish/lorc
 Baseline: none, the same weight with factors beside it
 """
 

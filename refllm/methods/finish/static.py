@@ -23,6 +23,7 @@ Differs from them: inputs that are all zero take the scale of an amax of 1; a to
 Stage: prefill
 Inventory: 9
 Lesson: lessons/12-outliers.md
+Golden: finish/static
 Baseline: none, dynamic rounding costs time for what this one lacks
 """
 

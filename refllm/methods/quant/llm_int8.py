@@ -19,6 +19,7 @@ Differs from bitsandbytes: inputs are not rounded to float16 first; 1/127^2 is e
 Stage: memory, prefill
 Inventory: 7
 Lesson: lessons/12-outliers.md
+Golden: quant/llm_int8
 Baseline: none, rtn leaves the inputs alone
 """
 

@@ -25,6 +25,7 @@ follow the papers' abstracts: their code is not public.
 Stage: prefill, memory
 Inventory: 26
 Lesson: lessons/12-outliers.md
+Golden: quant/zeroquant
 Baseline: none, rtn leaves the inputs alone
 """
 

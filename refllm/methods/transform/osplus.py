@@ -26,6 +26,7 @@ the largest input is below 0.1 nothing is searched.
 Stage: prefill
 Inventory: 25
 Lesson: lessons/12-outliers.md
+Golden: transform/osplus
 Baseline: rtn:bits=8,symmetric=true,group=-1+dynamic
 """
 
@@ -92,8 +93,8 @@ def osplus(
     check_dense(model, "OS+ moves scales")
     rounding = Rounding(bits if activation_bits is None else activation_bits, symmetric=symmetric)
     grid = SymmetricGrid(bits, PER_CHANNEL, "float32")
-    if tokens < 1 or (steps is not None and steps < 1):
-        raise ValueError(f"tokens and steps must be at least 1, got {tokens} and {steps}")
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
     weights, width = dict(model.weights), windows(np.asarray(ids), min(WINDOW, model.config.context_length)).shape[1]
     for layer, stats in walk(model, ids, WINDOW):
         for norm, readers in norm_readers(model.config, layer).items():
@@ -176,6 +177,8 @@ def search(
 
 def thresholds(high: np.ndarray, low: np.ndarray, steps: int | None = None) -> Iterator[float]:
     """t from the largest magnitude down to 0.1, in equal steps."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     top = float(max(high.max(), -low.min(), 0))
     count = max(100, int(max(float(high.max()), 0) / 0.5)) if steps is None else steps
     yield top

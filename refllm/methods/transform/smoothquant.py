@@ -20,6 +20,7 @@ it is 100000 times too loud. Calibrate with text that is long enough.
 Stage: prefill
 Inventory: 21
 Lesson: lessons/12-outliers.md
+Golden: transform/smoothquant
 Baseline: rtn:bits=8,symmetric=true,group=-1+dynamic
 """
 
