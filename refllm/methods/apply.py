@@ -189,7 +189,12 @@ def check(model: Model, recipe: str, calibration=None) -> None:
         rng = np.random.default_rng(0)
         for name, todo in _smallest_of_every_width(model, _plan(model, weight_stages)).items():
             out, columns = model.weights[name].shape
-            stand_in = replace(model, weights={name: 0.02 * rng.standard_normal((out, columns), np.float32)})
+            W = (
+                model.weights[name]
+                if todo[0].family == FINISH
+                else rng.standard_normal((out, columns), np.float32) / 50
+            )
+            stand_in = replace(model, weights={name: W})
             blind = calibration is None or name in (EMBEDDING, HEAD)
             stats = None if blind else Stats(rng.standard_normal((16, columns), np.float32))
             _compress_weight(stand_in, name, todo, stats, None)

@@ -18,7 +18,7 @@ Paper: Yao et al. 2022, "ZeroQuant: Efficient and Affordable Post-Training Quant
 arXiv:2206.01861, section 4.1; Ashkboos et al. 2024, "QuaRot", arXiv:2404.00456 (the affine grid and the clip ratio).
 Differs from QuaRot's code: a token of zeros keeps a scale of 0, and one that holds NaN or Inf gives NaN.
 Stage: prefill
-Inventory: 9
+Inventory: 7, 9
 Lesson: lessons/12-outliers.md
 Golden: activations/dynamic
 """

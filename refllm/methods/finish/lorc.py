@@ -13,7 +13,7 @@ Compensation", arXiv:2303.08302, section 4.
 Differs from it: factors are float16 after a float64 decomposition, or 8-bit codes with a scale per row of A and of B;
 the authors' code is not public.
 Stage: memory, prefill
-Inventory: 27
+Inventory: 21
 Lesson: lessons/12-outliers.md
 Golden: finish/lorc
 Baseline: none, the same weight with factors beside it

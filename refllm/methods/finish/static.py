@@ -21,7 +21,7 @@ arXiv:2211.10438, section 2 (static and dynamic, O3); the moving average: Jacob 
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 3.1.
 Differs from them: inputs that are all zero take the scale of an amax of 1; a token that holds NaN or Inf gives NaN.
 Stage: prefill
-Inventory: 9
+Inventory: 7, 9
 Lesson: lessons/12-outliers.md
 Golden: finish/static
 Baseline: none, dynamic rounding costs time for what this one lacks

@@ -17,7 +17,7 @@ section 3; the order of operations is that of bitsandbytes on the CPU: 127 (1 / 
 Differs from bitsandbytes: inputs are not rounded to float16 first; 1/127^2 is exact where bitsandbytes takes
 6.200124e-5; a row of zeros has c_o = 1; keep_columns (there, weights kept as float16 are kept whole).
 Stage: memory, prefill
-Inventory: 7
+Inventory: 25
 Lesson: lessons/12-outliers.md
 Golden: quant/llm_int8
 Baseline: none, rtn leaves the inputs alone

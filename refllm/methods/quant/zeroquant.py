@@ -12,7 +12,7 @@ FP4 codes are cheap to turn into FP8 where scales are related by powers of two, 
     m1      s <- 2^ceil(log2 s)                                    a power of two, at least s
     m2      s <- s_max / 2^ceil(log2(s_max / s))                   a power of two below the largest scale, at most s
 
-m2 rounds down, so the largest weight of a group may saturate.
+m2 rounds down, so the largest weights of a group may saturate, at half of their size in the worst case.
 
 ZeroQuant-V2 and -FP repair the error of rounding by a matrix of low rank: `zeroquant+lorc:rank=8`.
 
@@ -23,7 +23,7 @@ Differs from them: no layer-by-layer distillation, and no asymmetric form of the
 as float16 and rounded before codes are computed; a group of zeros takes the scale of an amax of 1. The constraints
 follow the papers' abstracts: their code is not public.
 Stage: prefill, memory
-Inventory: 26
+Inventory: 21
 Lesson: lessons/12-outliers.md
 Golden: quant/zeroquant
 Baseline: none, rtn leaves the inputs alone

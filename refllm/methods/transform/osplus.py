@@ -24,7 +24,7 @@ shifting and scaling", arXiv:2304.09145, section 4.
 Differs from the authors' code: losses are sums of float64; steps are counted, not subtracted one from the other; where
 the largest input is below 0.1 nothing is searched.
 Stage: prefill
-Inventory: 25
+Inventory: 27
 Lesson: lessons/12-outliers.md
 Golden: transform/osplus
 Baseline: rtn:bits=8,symmetric=true,group=-1+dynamic

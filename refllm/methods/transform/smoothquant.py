@@ -18,7 +18,7 @@ Differs from the authors' code: `all_linears` is not theirs; scales and folded w
 channel that calibration never excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it,
 it is 100000 times too loud. Calibrate with text that is long enough.
 Stage: prefill
-Inventory: 21
+Inventory: 26
 Lesson: lessons/12-outliers.md
 Golden: transform/smoothquant
 Baseline: rtn:bits=8,symmetric=true,group=-1+dynamic

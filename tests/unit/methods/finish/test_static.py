@@ -149,6 +149,7 @@ def test_packed_weights_of_a_file_keep_their_form():
     name = layer_linears(0)[0]
     blocks = GGUFBlocks(np.zeros((32, 34), np.uint8), "Q8_0", 32)
     packed = replace(compress(model, W8), weights=compress(model, W8).weights | {name: blocks})
+    check(packed, "static", IDS)
     small = compress(packed, "static", IDS)
     assert small.weights[name].weight is blocks
     assert all(isinstance(small.weights[n], StaticInputs) for n in layer_linears(1))
