@@ -48,7 +48,6 @@ DEFAULT_RECIPES = (
     "wanda:pattern=2:4+rtn:bits=4,group=32",
     "svd:ratio=0.5",
     "rtn:bits=8,symmetric=true,group=-1+dynamic",
-    "rtn:bits=8,symmetric=true,group=-1+static",
     "smoothquant+rtn:bits=8,symmetric=true,group=-1+static",
     "kivi:bits=4",
     "kivi:bits=2",
