@@ -46,6 +46,7 @@ DEFAULT_RECIPES = (
     "wanda:sparsity=0.5",
     "wanda:pattern=2:4",
     "wanda:pattern=2:4+rtn:bits=4,group=32",
+    "kquants",
     "svd:ratio=0.5",
     "rtn:bits=8,symmetric=true,group=-1+dynamic",
     "smoothquant+rtn:bits=8,symmetric=true,group=-1+static",

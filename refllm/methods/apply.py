@@ -264,7 +264,10 @@ def needs_calibration(recipe: str) -> bool:
 
 
 def _is_needy(stage: Stage) -> bool:
-    return stage.family not in RUNTIME_FAMILIES and _needs_calibration(stage.function)
+    """Methods that can do without calibration need it for an importance matrix."""
+    if stage.family in RUNTIME_FAMILIES:
+        return False
+    return _needs_calibration(stage.function) or stage.knobs.get("imatrix", False)
 
 
 def _check_calibration(stages: list[Stage], calibration) -> None:

@@ -65,7 +65,7 @@ def test_signature_is_model_ids_and_typed_knobs(name):
 
 @pytest.mark.parametrize(("name", "knobs"), cases(NAMES))
 def test_inputs_are_left_alone_and_same_input_gives_same_bytes(name, knobs):
-    model = random_model("llama", np.float32)
+    model = random_model("llama", np.float32, intermediate_size=64)
     before = stored(model)
     first = run(name, knobs, model)
     assert stored(model) == before
@@ -89,11 +89,12 @@ def test_a_transform_keeps_the_function(name, knobs, architecture):
 
 @pytest.mark.parametrize(("name", "knobs"), cases(PACKERS))
 def test_packers_pack_every_linear(name, knobs):
-    model = random_model("llama", np.float32)
+    model = random_model("llama", np.float32, intermediate_size=64)
     reports = []
     packed = methods()[name][1](model, IDS, on_report=reports.append, **knobs)
     linears = [n for layer in range(model.config.num_layers) for n in layer_linears(layer)]
-    assert sorted(r.name for r in reports) == sorted(linears)  # one a weight: progress, and the source of tables
+    named = [r.name for r in reports]  # one a weight: progress, and the source of tables
+    assert len(set(named)) == len(named) and set(linears) <= set(named)
     for n in linears:
         record = packed.weights[n]
         assert is_record(record) and record.shape == model.weights[n].shape
@@ -108,6 +109,6 @@ def test_packers_pack_every_linear(name, knobs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_tried_and_run_through_a_recipe(name):
-    model = random_model("llama", np.float32)
+    model = random_model("llama", np.float32, intermediate_size=64)
     check(model, name, IDS)
     assert compress(model, name, IDS).recipe == name

@@ -61,6 +61,22 @@ def _blockwise(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return outputs | {"absmax": inner.unpacked()[0], "nested_absmax": inner.scale[0], "offset": inner.offset}
 
 
+def _kquants(params: dict, layers: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.blockwise.kquants import layer_types
+
+    mix, gqa, n = params["mix"], params["heads_per_group"], int(layers)
+    code = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
+    types = [[code[t] for t in layer_types(mix, i, n, gqa)] for i in range(n)]
+    embedding = code["Q6_K" if params["tied_embeddings"] else mix[:4]]
+    return {"types": np.array(types, np.uint8), "embedding": np.array(embedding, np.uint8)}
+
+
+def _allocate(params: dict, loss: np.ndarray, nbytes: np.ndarray, budget: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.allocation import allocate
+
+    return {"choice": allocate(loss, nbytes, int(budget))}
+
+
 def _small_float(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.kernels.packed.encode_codes import small_float
 
@@ -420,6 +436,8 @@ _OPS = {
     "quant.blockwise": _blockwise,
     "quant.gptq": _gptq,
     "quant.small_float": _small_float,
+    "blockwise.kquants": _kquants,
+    "blockwise.allocate": _allocate,
     "quant.omse": _omse,
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,

@@ -19,6 +19,7 @@ to.
     SparseRows     a few kept values with their columns
     BlockSparse    the kept blocks, one bit per block saying where
     LowRank        two factors; never multiplied out
+    Plain          floats as they are
     Sum            two weights of one shape, whose products are added
     TokenInputs, StaticInputs, OutlierInputs
                    a record, and how its inputs are rounded
@@ -44,7 +45,7 @@ from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
 from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
-from refllm.kernels.packed.sparse import LowRank, Sparse24, SparseBitmask, SparseRows, Sum
+from refllm.kernels.packed.sparse import LowRank, Plain, Sparse24, SparseBitmask, SparseRows, Sum
 from refllm.kernels.packed.two_level import TwoLevel
 from refllm.kernels.packed.vectors import VectorWeight
 
@@ -58,6 +59,7 @@ __all__ = [
     "MinWeight",
     "MixedRows",
     "OutlierInputs",
+    "Plain",
     "Record",
     "Reordered",
     "Rotated",
@@ -92,6 +94,7 @@ Record = (
     | SparseRows
     | BlockSparse
     | LowRank
+    | Plain
     | Sum
     | TokenInputs
     | StaticInputs

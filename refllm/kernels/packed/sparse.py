@@ -273,7 +273,7 @@ def smallest_unsigned(most: int) -> np.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Plain(BaseRecord):
-    """A matrix of floats as a record, so that it has a tile product; never stored as one.
+    """A matrix of floats as a record: so that halves have a tile product, and can be stored beside codes.
 
     Parameters
     ----------
@@ -283,6 +283,10 @@ class Plain(BaseRecord):
     values: np.ndarray
     kind: ClassVar[str] = "plain"
     stored: ClassVar[tuple[str, ...]] = ("values",)
+
+    def __post_init__(self):
+        check_array("values", self.values, FLOATS, (row_count("values", self.values), self.values.shape[1]))
+        check_columns(self.values.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,3 +1,6 @@
 """Methods that look at more than one weight at once: `f(model, ids, *, on_report, knobs) -> Model`, packed weights."""
 
-__all__: list[str] = []
+from refllm.methods.blockwise.kquants import kquants as kquants
+from refllm.methods.blockwise.mixed import mixed as mixed
+
+__all__ = ["kquants", "mixed"]

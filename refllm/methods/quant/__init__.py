@@ -1,6 +1,7 @@
 """Quantization of weights: `f(W, stats, *, knobs) -> packed record`."""
 
 from refllm.methods.quant.aciq import aciq as aciq
+from refllm.methods.quant.gguf import gguf as gguf
 from refllm.methods.quant.gptq import gptq as gptq
 from refllm.methods.quant.hqq import hqq as hqq
 from refllm.methods.quant.llm_int8 import llm_int8 as llm_int8
@@ -22,6 +23,7 @@ __all__ = [
     "fp4",
     "fp6",
     "fp8",
+    "gguf",
     "gptq",
     "hqq",
     "llm_int8",
