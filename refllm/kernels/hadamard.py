@@ -120,6 +120,12 @@ def turn(x: np.ndarray, *, inner: int = 1, back: bool = False) -> np.ndarray:
     return (y * x.dtype.type(n**-0.5)).reshape(x.shape)
 
 
+def base_of(n: int) -> np.ndarray:
+    """B_K of H_n, (K, K) float64 with entries +-1."""
+    check_hadamard(n, "a matrix")
+    return _base_matrix(_base(n))
+
+
 def random_hadamard(n: int, rng: np.random.Generator) -> np.ndarray:
     """diag(+-1) H_n / sqrt(n) with random signs, (n, n) float64: a rotation that no input is aligned with.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from refllm.kernels.packed import ACTIVATIONS, BITS, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
+from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
 from refllm.kernels.rope import cos_sin
 from refllm.model.cache import DenseStore, KVCache
@@ -20,6 +21,7 @@ from refllm.model.model import Model
 
 LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 FIELDS = tuple(name.split(".")[1] for name in LINEARS)  # their names in a layer's record
+TURNED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # those whose inputs may be turned
 EMBEDDING = "model.embed_tokens.weight"
 AHEAD = 128  # positions whose rotations are computed at once
 CHUNK = 576  # tokens of a prompt at once: their activations take a few megabytes
@@ -40,7 +42,7 @@ def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled 
         return None
     if model.runtime.activations not in ACTIVATIONS:
         return None
-    if tokens > 1 and not all(is_record(model.weights[name]) for name in _linears(model)):
+    if tokens > 1 and not all(is_record(_inside(model.weights[name])) for name in _linears(model)):
         return None
     if cache is None:
         cache = KVCache(model.config.num_layers, model.config.context_length)
@@ -58,6 +60,11 @@ def _linears(model: Model) -> list[str]:
     return [f"model.layers.{layer}.{name}_proj.weight" for layer in layers for name in LINEARS]
 
 
+def _inside(weight):
+    """The weight that products are made with: what a Rotated holds, whose inputs are turned before."""
+    return weight.weight if isinstance(weight, Rotated) else weight
+
+
 def _takes(model: Model, cache: KVCache) -> bool:
     """Whether every store and every weight has a place in the compiled texts."""
     from refllm.kernels.packed.tiled import form_of
@@ -68,6 +75,9 @@ def _takes(model: Model, cache: KVCache) -> bool:
     for name, weight in model.weights.items():
         if name == EMBEDDING and not model.config.tied_embeddings:
             continue  # only rows of it are read
+        if isinstance(weight, Rotated) and not name.endswith(TURNED):
+            return False
+        weight = _inside(weight)
         if not is_record(weight):
             if weight.dtype != np.float32:
                 return False
@@ -263,28 +273,38 @@ class Compiled:
         gain = self.model.weights[name] + np.float32(self.model.config.norm_offset)
         return self._address(np.ascontiguousarray(gain, np.float32))
 
-    def _linear(self, name: str, n: int) -> tuple[int, int, int, int, int]:
-        """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias."""
+    def _linear(self, name: str, n: int) -> tuple[int, ...]:
+        """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias, how it turns."""
         from refllm.kernels.packed.decode_step import dense_address
         from refllm.kernels.packed.quantized import GGUFBlocks
         from refllm.kernels.packed.tile_kernels import FLOAT, laid_kind, product_address, rounded_kind
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
 
-        weight = self.model.weights[name]
+        whole = self.model.weights[name]
+        weight = _inside(whole)
         tiles = -(-weight.shape[0] // ROWS)
         bias = self.model.weights.get(name.removesuffix("weight") + "bias")
         bias = 0 if bias is None else self._address(np.pad(bias, (0, tiles * ROWS - len(bias))))
         if not is_record(weight):
             weight = np.require(weight, np.float32, ["C", "A"])
             table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
-            return self._address(table), dense_address(), FLOAT, tiles, bias
+            return self._address(table), dense_address(), FLOAT, tiles, bias, *self._turn(whole)
         made, kind = tiles_of(weight), FLOAT
         if self.model.runtime.activations in BITS and has_codes(weight):
             kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[self.model.runtime.activations])
         self._kept.append(made)
         kernel = product_address(made.form, kind != FLOAT, n)
-        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias
+        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias, *self._turn(whole)
+
+    def _turn(self, weight) -> tuple[int, int, int]:
+        """Matrix, its rows, inputs that move together: of a Rotated."""
+        from refllm.kernels.packed.turn_kernels import turn_matrix
+
+        if not isinstance(weight, Rotated):
+            return 0, 0, 0
+        matrix = turn_matrix(weight.shape[1] // weight.inner)
+        return self._address(matrix), len(matrix), weight.inner
 
     def _address(self, array: np.ndarray) -> int:
         """Where an array lies; it is kept as long as this step."""

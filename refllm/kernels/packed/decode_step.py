@@ -40,6 +40,7 @@ from refllm.kernels.packed.lanes import (
 from refllm.kernels.packed.plan import BUFFERS, HEAD, LAYER
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tiling import BLOCK, ROWS
+from refllm.kernels.packed.turn_kernels import turn
 
 
 def dense_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
@@ -242,6 +243,16 @@ def _product(linear, source, columns, laid_out, buffers, x, y, thread, threads):
 
 
 @register_jitable
+def _turned(linear, source, columns, out, scratch):
+    """Where the inputs of a linear stand: at the source, or turned at `out`, with its padding."""
+    if not linear.turn:
+        return source
+    copy(source, (columns + BLOCK - 1) // BLOCK * BLOCK, out)
+    turn(out, columns, linear.inner, linear.base, linear.turn, scratch)
+    return out
+
+
+@register_jitable
 def _add_branch(x, branch, hidden, gain, eps, mine, tiles, meeting, thread, threads):
     """x += branch, or its norm; this member's rows."""
     first, last = share(tiles, thread, threads)
@@ -299,7 +310,8 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
             keys, values = layer.keys + of, layer.values + of
             _attend(normed, keys, values, start, position + 1, dim, scale, cap, scores, mixed + 4 * dim * h)
         barrier(meeting, threads)
-        _product(layer.o, mixed, heads * dim, -1, buffers, laid, branch, thread, threads)
+        inputs = _turned(layer.o, mixed, heads * dim, normed, laid)
+        _product(layer.o, inputs, heads * dim, -1, buffers, laid, branch, thread, threads)
         _add_branch(x, branch, hidden, layer.attention_norm, eps, normed, layer.o.tiles, meeting, thread, threads)
         norm(x, hidden, layer.mlp_norm, eps, normed, padded)
         kind = _product(layer.gate, normed, hidden, -1, buffers, laid, gate, thread, threads)
@@ -307,7 +319,9 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
         first, last = share(layer.gate.tiles, thread, threads)  # the same rows of both: no need to wait
         activate(gate + 4 * ROWS * first, up + 4 * ROWS * first, (last - first) * ROWS, gelu)
         barrier(meeting, threads)
-        _product(layer.down, gate, wide, -1, buffers, laid, branch, thread, threads)
+        _product(
+            layer.down, _turned(layer.down, gate, wide, normed, laid), wide, -1, buffers, laid, branch, thread, threads
+        )
         _add_branch(x, branch, hidden, layer.output_norm, eps, normed, layer.down.tiles, meeting, thread, threads)
     norm(x, hidden, head.norm, eps, normed, padded)
     _product(head.linear, normed, hidden, -1, buffers, laid, buffers.logits, thread, threads)

@@ -15,6 +15,9 @@ LINEAR = np.dtype(
         ("kind", np.int64),  # of activations, as tile_kernels.laid_kind gives it
         ("tiles", np.int64),
         ("bias", _ADDRESS),  # padded to whole tiles
+        ("turn", _ADDRESS),  # of o and down: the matrix of turn_kernels, where inputs are turned
+        ("base", np.int64),  # its rows
+        ("inner", np.int64),  # inputs that move together
     ]
 )
 

@@ -40,6 +40,7 @@ from refllm.kernels.packed.plan import BUFFERS, LAYER
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tile_kernels import TOKENS
 from refllm.kernels.packed.tiling import BLOCK, ROWS
+from refllm.kernels.packed.turn_kernels import turn
 
 LANES = 16  # queries at a time
 SOME = 8  # keys, or columns of values, at a time
@@ -178,6 +179,14 @@ def _product(linear, laid_out, source, tokens, columns, buffers, y, out_bytes, t
 
 
 @register_jitable
+def _turn(linear, source, stride, first, last, columns, own):
+    """Turn the inputs of some tokens in place, where a linear wants it: those that this member lays out afterwards."""
+    if linear.turn:
+        for t in range(first, last):
+            turn(source + stride * t, columns, linear.inner, linear.base, linear.turn, own)
+
+
+@register_jitable
 def _heads(x, stride, first, last, heads, dim, gain, eps, cos, sin, own):
     """Norm (where there is a gain) and rotate the heads of some tokens, in place."""
     for t in range(first, last):
@@ -252,6 +261,7 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
                 mine, mixed + at, q_bytes,
             )  # fmt: skip
         barrier(meeting, threads)
+        _turn(layer.o, mixed, q_bytes, first, last, heads * dim, mine)
         _product(layer.o, -1, mixed, tokens, heads * dim, buffers, branch, row_bytes, thread, threads)
         barrier(meeting, threads)
         _add_branch(x, branch, row_bytes, first, last, hidden, layer.attention_norm, eps, mine)
@@ -263,6 +273,7 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
             at = wide_bytes * t + 4 * ROWS * first_tile
             activate(gate + at, up + at, (last_tile - first_tile) * ROWS, gelu)
         barrier(meeting, threads)
+        _turn(layer.down, gate, wide_bytes, first, last, wide, mine)
         _product(layer.down, -1, gate, tokens, wide, buffers, branch, row_bytes, thread, threads)
         barrier(meeting, threads)
         _add_branch(x, branch, row_bytes, first, last, hidden, layer.output_norm, eps, mine)

@@ -73,6 +73,23 @@ def test_with_int8_activations_few_codes_fall_on_the_other_side(architecture, re
         assert np.median(distance(y, expected)) < 1e-5 and distance(y, expected).max() < 0.05
 
 
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("sizes", [(4, 48), (6, 48), (4, 172), (4, 176)], ids=str)
+def test_inputs_are_turned_inside(sizes, activations, monkeypatch):
+    """Heads mixed or a whole width, matrices of 1, 12, 44 and 172 rows in front, tails of vectors; packed and dense."""
+    model = random_model("llama", num_heads=sizes[0], intermediate_size=sizes[1], mlp_bias=True)
+    for recipe in ("quarot+rtn:bits=8,group=-1", "quarot+rtn:bits=8,group=-1,only=up"):
+        turned = packed(model, recipe)
+        turned = replace(turned, runtime=replace(turned.runtime, activations=activations))
+        expected = readable(turned, IDS, monkeypatch)
+        y, cache = through_a_cache(turned, IDS)
+        assert np.median(distance(y, expected)) < 1e-5
+        assert distance(y, expected).max() < (1e-5 if activations == "float32" else 0.05)
+        _, cache = through_a_cache(turned, IDS[:71])
+        forward(turned, IDS[71:72], cache=cache)
+        assert isinstance(cache.compiled[1], compiled.Compiled)
+
+
 def test_threads_chunks_and_prompts_in_pieces_change_no_bit(monkeypatch):
     model = packed(random_model("mistral", num_heads=6, num_kv_heads=3, head_dim=16))
     monkeypatch.setattr(threads, "MINIMUM_WORK", 1)
