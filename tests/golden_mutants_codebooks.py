@@ -39,6 +39,32 @@ BUGS = {
         "broadcast_fisher": "BadShape",
         "last_pair_swapped": "Random",
     },
+    "quant.pq": {
+        "vectors_along_out": "Columns",
+        "unscaled": "Scale",
+        "one_book": "Spans",
+        "second_replaces": "Residual",
+        "zero_row_nan": "ZeroRow",
+        "codes_only": "Bytes",
+        "no_finite_check": "NonFinite",
+        "no_shape_check": "BadShape",
+    },
+    "quant.aqlm.search": {
+        "diagonal_blocks": "OffDiagonal",
+        "plain_distance": "Metric",
+        "all_at_once": "InOrder",
+        "other_books_ignored": "Sum",
+        "no_scale": "Scale",
+        "last_of_equals": "Ties",
+        "last_row_kept": "Random",
+    },
+    "finish.vqllm": {
+        "order_for_rank": "Renamed",
+        "one_order": "PerBook",
+        "reversed_ties": "StableOrder",
+        "unused_dropped": "Unused",
+        "bound_is_hit": "Levels",
+    },
 }
 
 
@@ -170,4 +196,105 @@ def best_table(bug, row, h, count):
     return table
 
 
-_OPS = {"quant.blockwise": blockwise, "quant.squeezellm": squeezellm}
+# --- vector codes ----------------------------------------------------------------------------------------------------
+
+
+def pq(bug, op, params, w):
+    """Only for weights that have as few different vectors as there are centres, as those of the suite."""
+    require(np.isfinite(w).all(), bug, "no_finite_check")
+    w = np.nan_to_num(w)
+    d, M, bits, columns = params["vector"], params["books"], params["bits"], w.shape[1]
+    spans = params["spans"] or max(columns // d, 1)
+    fits = columns % (d * spans) == 0 and bits * d % M == 0
+    require(fits, bug, "no_shape_check")
+    if not fits:
+        return {"w_hat": w, "nbytes": np.array(0)}
+    K, rows = 1 << bits * d // M, len(w)
+    nbytes = rows * -(-columns // d * bits * d // 8)
+    if bug != "codes_only":
+        nbytes += 2 * spans * M * K * d + 2 * rows
+    size = np.sqrt((w.astype(np.float64) ** 2).mean(axis=1, keepdims=True)).astype(np.float16).astype(np.float64)
+    unit = w / (1 if bug == "unscaled" else size if bug == "zero_row_nan" else np.where(size > 0, size, 1))
+    pieces = unit.reshape(rows, spans, -1, d) if bug != "one_book" else unit.reshape(rows, 1, -1, d)
+    if bug == "vectors_along_out" and rows % d == 0:
+        pieces = unit.T.reshape(columns, spans, -1, d)
+    found = np.empty(pieces.shape)
+    for span in range(pieces.shape[1]):
+        vectors = pieces[:, span].reshape(-1, d)
+        used = np.repeat(size.ravel() > 0, len(vectors) // rows) if len(pieces) == rows else slice(None)
+        different = np.unique(vectors[used] if size.any() else vectors, axis=0)[:K]
+        nearest_one = ((vectors[:, None] - different) ** 2).sum(axis=-1).argmin(axis=1)
+        best = different[nearest_one]
+        if bug == "second_replaces" and M > 1:
+            best = vectors - best
+        found[:, span] = best.reshape(len(pieces), -1, d)
+    back = found.reshape(columns, rows).T if bug == "vectors_along_out" and rows % d == 0 else found.reshape(w.shape)
+    w_hat = back * (1 if bug == "unscaled" else size)
+    return {"w_hat": w_hat.astype(np.float32), "nbytes": np.array(nbytes)}
+
+
+def aqlm_search(bug, op, params, w, h, books, codes, scale):
+    M, K, d = books.shape
+    scale = np.ones_like(scale) if bug == "no_scale" else scale
+    metric = h.copy()
+    if bug == "diagonal_blocks":
+        metric *= np.kron(np.eye(len(h) // d), np.ones((d, d)))
+    if bug == "plain_distance":
+        metric = np.eye(len(h))
+    decode = lambda some: np.concatenate([sum(books[m][some[j, m]] for m in range(M)) for j in range(len(some))])
+    found = codes.copy()
+    for row in range(len(w) - (bug == "last_row_kept" and len(w) > 2)):
+        start = found[row].copy()
+        for j in range(codes.shape[1]):
+            for m in range(M):
+                losses = []
+                for k in range(K):
+                    tried = (start if bug == "all_at_once" else found[row]).copy()
+                    tried[j, m] = k
+                    if bug == "other_books_ignored":
+                        off = np.zeros(len(h))
+                        part = slice(j * d, (j + 1) * d)
+                        off[part] = scale[row] * books[m][k] - w[row, part]
+                    else:
+                        off = scale[row] * decode(tried) - w[row]
+                    losses.append(float(off @ metric @ off))
+                best = min(losses)
+                equal = [k for k, value in enumerate(losses) if value == best]
+                found[row, j, m] = equal[-1 if bug == "last_of_equals" else 0]
+    off = np.array([scale[r] * decode(found[r]) - w[r] for r in range(len(w))], np.float64)
+    return {"codes": found, "loss": np.array(np.trace(off @ h @ off.T))}
+
+
+def vqllm(bug, op, params, codes, books, registers=None):
+    spans, M, K, d = books.shape
+    groups = codes.shape[1]
+    of = np.arange(groups) * spans // groups
+    new, moved = codes.copy(), books.copy()
+    for s in range(spans):
+        for m in range(M):
+            mine = codes[:, of == s, m] if bug != "one_order" else codes
+            uses = np.bincount(mine.ravel(), minlength=K)
+            order = np.argsort(-uses, kind="stable")
+            if bug == "reversed_ties":
+                order = K - 1 - np.argsort(-uses[::-1], kind="stable")
+            rank = order if bug == "order_for_rank" else np.argsort(order)
+            new[:, of == s, m] = rank[codes[:, of == s, m]]
+            moved[s, m] = books[s, m][order]
+            if bug == "unused_dropped":
+                moved[s, m][np.sort(uses)[::-1] == 0] = 0
+    each = 4 * M * d
+    n1 = min(params["registers"] // each, K)
+    n2 = min(n1 + params["shared"] // each, K)
+    if bug == "bound_is_hit":
+        n1, n2 = n1 + 1, n2 + 1
+    hits = [(new < n1).mean(), ((new >= n1) & (new < n2)).mean(), (new >= n2).mean()]
+    return {"codes": new, "books": moved, "hits": np.array(hits)}
+
+
+_OPS = {
+    "quant.blockwise": blockwise,
+    "quant.squeezellm": squeezellm,
+    "quant.pq": pq,
+    "quant.aqlm.search": aqlm_search,
+    "finish.vqllm": vqllm,
+}

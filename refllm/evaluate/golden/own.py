@@ -126,6 +126,38 @@ def _squeezellm(params: dict, w: np.ndarray, fisher: np.ndarray) -> dict[str, np
     return outputs | {"codes": lut.unpacked(), "tables": lut.tables}
 
 
+def _pq(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.pq import pq
+
+    record = pq(w, **params)
+    return {"w_hat": record.dense(), "nbytes": np.array(record.nbytes)}
+
+
+class _InOrder:
+    """Gives things their own order where a generator is asked for a random one."""
+
+    def permutation(self, count: int) -> range:
+        """0, 1, 2 ..."""
+        return range(count)
+
+
+def _aqlm_search(params: dict, w, h, books, codes, scale) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.aqlm import Additive, beam_search, loss
+
+    start = Additive(codes, books.astype(np.float64), scale.astype(np.float64))
+    found = beam_search(w.astype(np.float64), h, start, 1, _InOrder())
+    return {"codes": found.codes, "loss": np.array(loss(w, h, found) * len(w))}
+
+
+def _vqllm(params: dict, codes: np.ndarray, books: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.records import VectorWeight
+    from refllm.methods.finish.vqllm import hit_rates, vqllm
+
+    record = VectorWeight.pack(codes, books, None)
+    done = vqllm(record, record.dense())
+    return {"codes": done.unpacked(), "books": done.codebooks, "hits": np.array(hit_rates(done, **params))}
+
+
 def _rtn_matmul(params, x, packed, scale, packed_zero_point=None) -> dict[str, np.ndarray]:
     from refllm.kernels.packed import matmul
     from refllm.kernels.packed.records import IntWeight
@@ -442,6 +474,9 @@ _OPS = {
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,
     "quant.squeezellm": _squeezellm,
+    "quant.pq": _pq,
+    "quant.aqlm.search": _aqlm_search,
+    "finish.vqllm": _vqllm,
     "prune.magnitude": _magnitude,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,

@@ -2,5 +2,6 @@
 
 from refllm.methods.finish.lorc import lorc as lorc
 from refllm.methods.finish.static import static as static
+from refllm.methods.finish.vqllm import vqllm as vqllm
 
-__all__ = ["lorc", "static"]
+__all__ = ["lorc", "static", "vqllm"]

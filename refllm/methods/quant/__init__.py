@@ -1,6 +1,7 @@
 """Quantization of weights: `f(W, stats, *, knobs) -> packed record`."""
 
 from refllm.methods.quant.aciq import aciq as aciq
+from refllm.methods.quant.aqlm import aqlm as aqlm
 from refllm.methods.quant.gguf import gguf as gguf
 from refllm.methods.quant.gptq import gptq as gptq
 from refllm.methods.quant.hqq import hqq as hqq
@@ -12,6 +13,7 @@ from refllm.methods.quant.microscaling import nvfp4 as nvfp4
 from refllm.methods.quant.nf4 import fp4 as fp4
 from refllm.methods.quant.nf4 import nf4 as nf4
 from refllm.methods.quant.omse import omse as omse
+from refllm.methods.quant.pq import pq as pq
 from refllm.methods.quant.qoq import qoq as qoq
 from refllm.methods.quant.rtn import rtn as rtn
 from refllm.methods.quant.squeezellm import squeezellm as squeezellm
@@ -20,6 +22,7 @@ from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
 
 __all__ = [
     "aciq",
+    "aqlm",
     "fp4",
     "fp6",
     "fp8",
@@ -31,6 +34,7 @@ __all__ = [
     "nf4",
     "nvfp4",
     "omse",
+    "pq",
     "qoq",
     "rtn",
     "squeezellm",

@@ -33,6 +33,7 @@ from refllm.evaluate.golden.suites import (
     squeezellm,
     stochastic,
     svd,
+    vector_codes,
     wanda,
 )
 
@@ -48,6 +49,9 @@ GENERATORS = (
     ranges.hqq_suite,
     ranges.aciq_suite,
     squeezellm.suite,
+    vector_codes.pq_suite,
+    vector_codes.aqlm_suite,
+    vector_codes.vqllm_suite,
     magnitude.suite,
     wanda.suite,
     svd.suite,
