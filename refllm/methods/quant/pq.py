@@ -8,10 +8,11 @@ s^2, so that it is the error of W that shrinks. With `spans` there are codebooks
 down to product quantisation proper, where every d columns have one.
 
 Bits a weight: M B / d for codes, and 16 spans M 2^B d / (out in) for codebooks, which is nothing in a matrix of 4096 x
-4096 and more than the codes in one of 128 x 128. So the sizes follow from the matrix unless they are given: of vectors
-of 8, 4 and 2 columns, in one codebook or several of 2^4 to 2^8 vectors, the largest codebooks, and of these the longest
-vectors, that cost a quarter of a bit at most. At 2 bits that is 2 x 256 vectors of 8 from 262,144 weights on (VQ<8,8,2>),
-1 x 256 vectors of 4 from 65,536 on, 4 x 16 of 8 from 32,768, 2 x 16 of 4 from 8,192, and 16 vectors of 2 below.
+4096 and more than the codes in one of 128 x 128. So the sizes follow from the matrix unless they are given: the largest
+codebooks, of 2^8 to 2^4 vectors, that cost a quarter of a bit at most; of 256 vectors as long ones as may be (8, 4 or 2
+columns, in as many codebooks as that takes), of fewer vectors as few codebooks as may be, since choosing one after
+another loses most where each says little. At 2 bits that is 2 x 256 vectors of 8 from 262,144 weights on, 256 vectors
+of 4 from 65,536 on, and 16 vectors of 2 below.
 
 Paper: Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search", IEEE TPAMI 33; Chen et al. 2010,
 "Approximate Nearest Neighbor Search by Residual Vector Quantization", Sensors 10.
@@ -136,7 +137,7 @@ def sizes(shape: tuple[int, int], bits: int, vector: int | None, books: int | No
     if not choices:
         raise ValueError(f"{spans} spans do not divide the {columns} columns into whole vectors of {fitting}")
     cost = lambda d, M, B: 16 * spans_of(d) * M * d * 2**B
-    choices.sort(key=lambda choice: (-choice[2], -choice[0]))
+    choices.sort(key=lambda choice: (-choice[2], -choice[0] if choice[2] == max(BOOK_BITS) else choice[1]))
     cheap = [choice for choice in choices if cost(*choice) <= BOOK_COST * out * columns]
     chosen = cheap[0] if cheap else min(choices, key=lambda choice: cost(*choice))
     return *chosen, spans_of(chosen[0])
