@@ -76,9 +76,11 @@ def pq(
 
     Examples
     --------
-    >>> W = np.array([[1.0, 2.0, 1.0, 2.0], [3.0, -3.0, 2.0, 4.0]])
-    >>> pq(W, bits=1, vector=2).dense().round(1).tolist()
-    [[1.0, 2.0, 1.0, 2.0], [1.9, -0.4, 2.2, 4.5]]
+    Two bits name four pairs, and there are no more than four here:
+
+    >>> W = np.array([[1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, -1.0]])
+    >>> pq(W, bits=1, vector=2).dense().tolist()
+    [[1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, -1.0]]
     """
     W = checked(W)
     d, M, B, spans = sizes(W.shape, bits, vector, books, spans)
