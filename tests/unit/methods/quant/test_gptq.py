@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refllm.evaluate.golden.suites.exact import dyadic
 from refllm.evaluate.golden.suites.gptq_definition import Definition, quantize
 from refllm.formats.tensors import read_safetensors
+from refllm.kernels.grids import AffineGrid, FullRangeGrid
 from refllm.kernels.packed.records import IntWeight, Reordered, parts
 from refllm.kernels.stats import Stats
 from refllm.methods.apply import compress, load
@@ -191,7 +192,30 @@ def test_far_better_than_rounding_on_correlated_inputs(bits, knobs):
     assert output_error(W, X, ours) < 0.8 * output_error(W, X, rtn(W, bits=bits, **size))
 
 
-def test_many_bits_leave_little_error():
+@PROPERTY
+@given(SEEDS, st.sampled_from((2, 3, 4)), FLAGS, FLAGS)
+def test_never_worse_than_rounding_on_correlated_inputs(seed, bits, act_order, symmetric):
+    """On the same grids, those of the original rows."""
+    W, X = example(16, 32, 80, seed)
+    knobs = dict(bits=bits, group_size=-1, symmetric=symmetric)
+    ours = gptq(W, Stats(X), act_order=act_order, **knobs)
+    scale, zero = ours.scales()
+    grid = (FullRangeGrid if symmetric else AffineGrid)(bits, -1)
+    codes = grid.encode(W, scale, None if symmetric else zero)
+    plain = IntWeight.pack(grid, codes, scale, None if symmetric else zero.astype(np.uint8))
+    assert output_error(W, X, ours) < output_error(W, X, plain)
+
+
+@PROPERTY
+@given(SEEDS, st.sampled_from((-1, 4, 8)))
+def test_many_bits_leave_almost_no_error(seed, group_size):
+    """8 bits are the most that a grid has: a step is a 255th of the range."""
+    W, X = example(4, 16, 40, seed)
+    record = gptq(W, Stats(X), bits=8, group_size=group_size, scale_dtype="float32")
+    assert output_error(W, X, record) < 1e-4 * np.sum((X.astype(np.float64) @ W.T.astype(np.float64)) ** 2)
+
+
+def test_each_bit_takes_a_quarter_of_the_error():
     W, X = example()
     errors = [output_error(W, X, gptq(W, Stats(X), bits=bits, scale_dtype="float32")) for bits in (2, 4, 6, 8)]
     for few, many in itertools.pairwise(errors):
@@ -199,16 +223,29 @@ def test_many_bits_leave_little_error():
     assert errors[-1] < 1e-4 * np.sum((X.astype(float) @ W.T.astype(float)) ** 2)
 
 
-def test_act_order_stores_groups_in_rounding_order():
-    W, X = example()
-    stats = Stats(X)
-    record = gptq(W, stats, group_size=32, act_order=True)
+@PROPERTY
+@given(st.integers(1, 6).flatmap(lambda n: inputs(3 * n)), SEEDS)
+def test_act_order_stores_groups_in_rounding_order(X, seed):
+    columns = X.shape[1]
+    record = gptq(np.random.default_rng(seed).normal(size=(2, columns)), Stats(X), group_size=3, act_order=True)
     assert type(record) is Reordered and type(record.weight) is IntWeight
-    energy = stats.sum_squares[record.order]
-    assert (np.diff(energy) <= 0).all()
+    diagonal = np.diag(Stats(X).H)
+    assert (np.diff(np.where(diagonal > 0, diagonal, 1)[record.order]) <= 0).all()
     g_idx = integers(record)[3]
-    assert sorted(g_idx.tolist()) == sorted(np.repeat(np.arange(4), 32).tolist())  # a permuted group map
-    np.testing.assert_array_equal(g_idx[record.order], np.arange(128) // 32)
+    assert sorted(g_idx.tolist()) == [i // 3 for i in range(columns)]  # a permuted group map
+    np.testing.assert_array_equal(g_idx[record.order], np.arange(columns) // 3)
+
+
+@PROPERTY
+@given(st.integers(2, 8).flatmap(lambda n: inputs(n)), SEEDS)
+def test_the_last_column_repairs_nothing(X, seed):
+    """Changing its weight changes no other code, and the first code is that of plain rounding."""
+    W = np.random.default_rng(seed).normal(size=(2, X.shape[1]))
+    W[:, :1] = np.where(np.abs(X).max(axis=0)[0] > 0, W[:, :1], 0)
+    knobs = dict(group_size=1, static_groups=True)
+    first, other = (gptq(W * np.r_[np.ones(X.shape[1] - 1), f], Stats(X), **knobs).unpacked() for f in (1, -3))
+    np.testing.assert_array_equal(first[:, :-1], other[:, :-1])
+    np.testing.assert_array_equal(first[:, 0], rtn(W, group_size=1).unpacked()[:, 0])
 
 
 @pytest.mark.parametrize("knobs", [dict(group_size=-1), dict(group_size=0), dict(group_size=32, static_groups=True)])
