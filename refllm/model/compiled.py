@@ -11,7 +11,7 @@ side.
 
 import numpy as np
 
-from refllm.kernels.packed import ACTIVATIONS, BITS, backend, has_codes, rows
+from refllm.kernels.packed import ACTIVATIONS, BITS, as_run, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
@@ -71,17 +71,16 @@ def _takes(model: Model, cache: KVCache) -> bool:
 
     if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
         return False
-    rounded = model.runtime.activations in BITS
-    for name, weight in model.weights.items():
+    for name, stored in model.weights.items():
         if name == EMBEDDING and not model.config.tied_embeddings:
             continue  # only rows of it are read
-        if isinstance(weight, Rotated) and not name.endswith(TURNED):
+        if isinstance(stored, Rotated) and not name.endswith(TURNED):
             return False
-        weight = _inside(weight)
+        weight, activations = as_run(_inside(stored), model.runtime.activations)
         if not is_record(weight):
             if weight.dtype != np.float32:
                 return False
-        elif (form := form_of(weight)) is None or (rounded and has_codes(weight) and not form.has_integers):
+        elif (form := form_of(weight)) is None or (activations in BITS and has_codes(weight) and not form.has_integers):
             return False
     return True
 
@@ -282,7 +281,7 @@ class Compiled:
         from refllm.kernels.packed.tiling import ROWS
 
         whole = self.model.weights[name]
-        weight = _inside(whole)
+        weight, activations = as_run(_inside(whole), self.model.runtime.activations)
         tiles = -(-weight.shape[0] // ROWS)
         bias = self.model.weights.get(name.removesuffix("weight") + "bias")
         bias = 0 if bias is None else self._address(np.pad(bias, (0, tiles * ROWS - len(bias))))
@@ -291,8 +290,8 @@ class Compiled:
             table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
             return self._address(table), dense_address(), FLOAT, tiles, bias, *self._turn(whole)
         made, kind = tiles_of(weight), FLOAT
-        if self.model.runtime.activations in BITS and has_codes(weight):
-            kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[self.model.runtime.activations])
+        if activations in BITS and has_codes(weight):
+            kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[activations])
         self._kept.append(made)
         kernel = product_address(made.form, kind != FLOAT, n)
         return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias, *self._turn(whole)

@@ -51,6 +51,13 @@ def has_codes(weight: object) -> bool:
     return isinstance(inner, (IntWeight, MinWeight, TwoLevel, GGUFBlocks))
 
 
+def as_run(weight: np.ndarray | Record, activations: str | Rounding) -> tuple[np.ndarray | Record, str | Rounding]:
+    """A weight as kernels meet it: where a record says that its inputs are int8 or int4, the record inside and that."""
+    if isinstance(weight, TokenInputs) and weight.form in BITS and isinstance(weight.weight, IntWeight):
+        return weight.weight, weight.form
+    return weight, activations
+
+
 def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Rounding = "float32") -> np.ndarray:
     """x @ weight.T for any weight.
 
@@ -83,6 +90,7 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
     x = np.asarray(x)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"activations of shape {x.shape} do not fit a weight with {weight.shape[1]} columns")
+    weight, activations = as_run(weight, activations)
     if not is_record(weight):
         return x @ weight.T
     if x.dtype not in (np.float32, np.float64):
@@ -97,8 +105,6 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
         return weight.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], weight.shape[0])
     if isinstance(weight, Reordered):
         return matmul(x[..., weight.order], weight.weight, activations)
-    if isinstance(weight, TokenInputs) and weight.form in BITS and isinstance(weight.weight, IntWeight):
-        return matmul(x, weight.weight, weight.form)
     if isinstance(weight, Rotated):
         return matmul(weight.turned(x), weight.weight, activations)
     if isinstance(weight, TwoLevel):

@@ -14,6 +14,8 @@ from refllm.kernels.packed.activations import quantize_activations
 from refllm.methods.apply import compress
 from refllm.methods.quant import rtn, zeroquant, zeroquant_fp
 from refllm.methods.quant.zeroquant import constrain
+from refllm.model.cache import new_cache
+from refllm.model.compiled import compiled_for
 from refllm.model.llama import forward
 from refllm.model.native import save_native
 from tests.models import random_model
@@ -116,6 +118,18 @@ def test_a_stored_model_rounds_its_inputs(tmp_path):
         small = compress(model, recipe)
         back = refllm.load(save_native(small, tmp_path / str(len(recipe))))
         assert np.array_equal(forward(back, ids), forward(small, ids))
+
+
+def test_the_compiled_pass_rounds_inputs_as_the_record_says(monkeypatch):
+    """The same numbers as the readable pass, and as integers of the run-time stage."""
+    model, ids = random_model("llama", np.float32), np.arange(40)
+    small = compress(model, "zeroquant:group=32,bits=8,only=attn+zeroquant:group=16,activation_bits=4,only=mlp")
+    cache = new_cache(small)
+    cache.check_batch(1)
+    assert compiled_for(small, cache, 1) is not None
+    fast = forward(small, ids)
+    monkeypatch.setenv("REFLLM_KERNELS", "numpy")
+    np.testing.assert_allclose(fast, forward(small, ids), rtol=0, atol=2e-2 * np.abs(fast).max())
 
 
 @pytest.mark.parametrize(
