@@ -51,6 +51,28 @@ BUGS = {
         "float32_sum": "StatisticRange",
         "over_the_matrix": "Scope",
     },
+    "quant.salient": {
+        "largest_input": "MeanNotMax",
+        "weight_ignored": "ByWeight",
+        "floor_to_none": "AtLeastOne",
+        "last_of_equals": "StableTies",
+        "grid_without_kept": "AllFitted",
+        "kept_twice": "CodesOfKept",
+        "no_params_check": "BadParams",
+    },
+    "blockwise.awq": {
+        "largest_input": "MeanNotMax",
+        "not_normalised": "Normalised",
+        "ratios_reach_one": "Ratios",
+        "activations_only": "DuoScaling",
+        "no_floor": "DeadInput",
+        "judged_by_rows": "PartsOfGroups",
+        "against_the_clipped": "AgainstTheOriginal",
+        "zero_in_range": "OneSign",
+        "no_least_range": "SmallRange",
+        "tail_kept": "GroupNotDividing",
+        "nan_to_zero": "NonFinite",
+    },
     "lowrank.svd": {
         "s_in_a": "SqrtSplit",
         "sign_of_lapack": "SignConvention",
@@ -291,6 +313,90 @@ def prune_store(bug, w, mask, pattern, dtype):
     counts = mask.sum(axis=1)
     offsets = np.cumsum(counts) - (0 if bug == "ends_not_offsets" else counts)
     return out | {"bitmask": bits, "row_offsets": offsets.astype(np.uint32)}
+
+
+# --- AWQ -------------------------------------------------------------------------------------------------------------
+
+
+def salient(bug, op, params, w, x):
+    n = w.shape[1]
+    require(0 < params["fraction"] <= 1 and x.shape[1] == n, bug, "no_params_check")
+    x = np.resize(x, (len(x), n))
+    size = np.abs(x).max(axis=0) if bug == "largest_input" else np.abs(x).mean(axis=0)
+    if params["by"] == "weight" and bug != "weight_ignored":
+        size = (w.astype(np.float64) ** 2).sum(axis=0)
+    count = int(params["fraction"] * n)
+    count = count if bug == "floor_to_none" else max(1, count)
+    order = np.argsort(size, kind="stable")[::-1] if bug == "last_of_equals" else np.argsort(-size, kind="stable")
+    kept = np.sort(order[:count])
+    fitted = w.copy()
+    if bug == "grid_without_kept":
+        fitted[:, kept] = 0
+    codes, scale, zero = awq_grid(w, params, np.minimum, np.maximum, fitted)
+    if bug != "kept_twice":
+        codes[:, kept] = np.repeat(zero, params["group_size"], axis=1)[:, kept]
+    return {"kept": kept, "columns": w[:, kept].astype(np.float16), "codes": codes, "scale": scale, "zero_point": zero}
+
+
+def awq_grid(w, params, low, high, fitted=None, least=0.0):
+    """Codes, scale, zero point; `low` and `high` say whether the range is made to hold zero."""
+    levels = 2 ** params["bits"] - 1
+    g = (w if fitted is None else fitted).reshape(len(w), -1, params["group_size"])
+    lo, hi = low(g.min(axis=-1), np.float32(0)), high(g.max(axis=-1), np.float32(0))
+    scale = (np.maximum(hi - lo, np.float32(least)) / np.float32(levels)).astype(np.float16)
+    step = scale.astype(np.float32)
+    zero = np.clip(np.nan_to_num(np.rint(-lo / step)), 0, levels)
+    codes = np.rint(w.reshape(g.shape) / step[..., None]) + zero[..., None]
+    codes = np.clip(np.nan_to_num(codes), 0, levels).astype(np.uint8).reshape(w.shape)
+    return codes, scale, zero.astype(np.uint8)
+
+
+def awq(bug, op, params, w, x):
+    if bug == "nan_to_zero":
+        w, x = np.nan_to_num(w), np.nan_to_num(x)
+    require(np.isfinite(w).all() and np.isfinite(x).all(), bug, "nan_to_zero")
+    g = params["group_size"]
+    require(w.shape[1] % g == 0, bug, "tail_kept")
+    w, x = w[:, : w.shape[1] // g * g], x[:, : w.shape[1] // g * g]
+    own = lambda edge, zero: edge
+    low, high = (np.minimum, np.maximum) if bug == "zero_in_range" else (own, own)
+    grid = lambda v: awq_grid(v, params, low, high, least=0.0 if bug == "no_least_range" else 1e-5)
+
+    def rounded(v):
+        codes, scale, zero = grid(v)
+        spread = lambda a: np.repeat(a.astype(np.float64), g, axis=1)
+        return (codes - spread(zero)) * spread(scale)
+
+    a = np.abs(x).astype(np.float64)
+    a = a.max(axis=0) if bug == "largest_input" else a.mean(axis=0)
+    top = np.abs(w.astype(np.float64)).reshape(len(w), -1, g)
+    m = (top / (top.max(axis=-1, keepdims=True) + 1e-6)).reshape(w.shape).mean(axis=0)
+    best, least, number = None, np.inf, 0
+    for i in range(20):
+        r = i / 19 if bug == "ratios_reach_one" else i / 20
+        s = a**r
+        if params["duo_scaling"] and bug != "activations_only":
+            s = s / (m ** (1 - r) + 1e-4)
+        s = np.maximum(s, 1e-12 if bug == "no_floor" else 1e-4)
+        s = s if bug == "not_normalised" else s / np.sqrt(s.max() * s.min())
+        error = np.mean((x.astype(np.float64) @ (rounded((w * s).astype(np.float32)) / s - w).T) ** 2)
+        if error < least * (1 - 1e-9):
+            best, least, number = s, error, i
+    scaled, inputs = (w * best).astype(np.float32), (x / best).astype(np.float32).astype(np.float64)
+    amax = np.abs(scaled.reshape(len(w), -1, g)).max(axis=-1)
+    step, errors = np.zeros(amax.shape, np.int64), np.full(amax.shape, np.inf)
+    cut_at = lambda limit: np.clip(scaled, -np.repeat(limit, g, axis=1), np.repeat(limit, g, axis=1))
+    for i in range(10):
+        cut = cut_at(amax * np.float32(1 - i / 20))
+        change = rounded(cut) - (cut if bug == "against_the_clipped" else scaled)
+        parts = np.einsum("ngk,rgk->nrg", inputs.reshape(len(x), -1, g), change.reshape(*amax.shape, g))
+        if bug == "judged_by_rows":
+            parts = np.broadcast_to(parts.sum(axis=-1, keepdims=True), parts.shape)
+        error = (parts**2).mean(axis=0)
+        better = error < errors * (1 - 1e-9)
+        step[better], errors[better] = i, error[better]
+    codes, scale, zero = grid(cut_at(amax * (1 - step / 20).astype(np.float32)))
+    return {"ratio": np.array(number), "s": best, "clip_step": step, "codes": codes, "scale": scale, "zero_point": zero}
 
 
 # --- low rank --------------------------------------------------------------------------------------------------------
@@ -609,6 +715,8 @@ _OPS = {
     "model.rope.permute": rope_permute,
     "prune.magnitude": prune,
     "prune.wanda": prune,
+    "quant.salient": salient,
+    "blockwise.awq": awq,
     "lowrank.svd": svd,
     "kvcache.kivi": kivi,
     "attention.attend": attend,

@@ -42,6 +42,7 @@ DEFAULT_RECIPES = (
     "rtn:bits=4",
     "rtn:bits=3,group=32",
     "rtn:bits=2,group=16",
+    "awq:bits=3,group=32",
     "magnitude:sparsity=0.5",
     "wanda:sparsity=0.5",
     "wanda:pattern=2:4",

@@ -12,6 +12,7 @@ Grids of the published zoo, by their rule for scale and zero point; codes are st
                     q in [-2^(b-1), 2^(b-1) - 1]: -amax is exact, +amax saturates by one step
     AffineGrid      scale = (hi - lo) / (2^b - 1)          zero_point = clip(rint(-lo / scale), 0, 2^b - 1)
                     lo = min(x, 0), hi = max(x, 0): zero is always on the grid
+    MinMaxGrid      the same with lo = min(x), hi = max(x), and hi - lo at least 1e-5
 
 The scale is rounded to the type it is stored in *before* the zero point and the codes are computed, so that encoding
 and decoding use the same number. In-range error is then at most scale / 2. rint is half to even.
@@ -22,8 +23,8 @@ zero becomes the smallest number of its type; a scale beyond its type, NaN or In
 Symmetric: the absmax form of Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 2. Affine and full range:
 the min-max and the symmetric grid of Frantar et al. 2022, "GPTQ", arXiv:2210.17323, as in its published code (there a
 symmetric group without a negative number has the scale amax / (2^b - 1) and clips its upper half; not here). Twos: the
-symmetric grid of Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, as in DeepSpeed's code.
-Lesson: lessons/03-rounding-to-a-grid.md.
+symmetric grid of Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, as in DeepSpeed's code. MinMaxGrid: that of Lin et al.
+2023, "AWQ", arXiv:2306.00978, as in its published code. Lesson: lessons/03-rounding-to-a-grid.md.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def group_count(columns: int, group_size: int) -> int:
     return columns // group_size
 
 
-def _grouped(W: np.ndarray, group_size: int) -> np.ndarray:
+def grouped(W: np.ndarray, group_size: int) -> np.ndarray:
     """(out, in) -> (out, groups, g), or (1, 1, out * in) per tensor."""
     rows, columns = W.shape
     if group_size == PER_TENSOR:
@@ -94,7 +95,7 @@ def _stored_scale(scale: np.ndarray, scale_dtype: str) -> np.ndarray:
 
 def _amax(W: np.ndarray, group_size: int) -> np.ndarray:
     """Largest magnitude of every group, 1 where all are zero."""
-    amax = np.abs(_grouped(_checked(W), group_size)).max(axis=-1)
+    amax = np.abs(grouped(_checked(W), group_size)).max(axis=-1)
     amax[amax == 0] = 1
     return amax
 
@@ -149,7 +150,7 @@ class _Grid:
         """
         W = _checked(W)
         with np.errstate(over="ignore"):  # a quotient beyond the float range clips like any other
-            steps = _grouped(W, self.group_size) / scale.astype(W.dtype)[..., None]
+            steps = grouped(W, self.group_size) / scale.astype(W.dtype)[..., None]
         codes = np.rint(steps, out=steps)
         codes += self._zero(zero_point).astype(W.dtype)
         np.clip(codes, self.lowest, (1 << self.bits) - 1, out=codes)
@@ -167,7 +168,7 @@ class _Grid:
         -------
         (out, in) float32
         """
-        steps = _grouped(codes, self.group_size).astype(np.int32) - self._zero(zero_point)
+        steps = grouped(codes, self.group_size).astype(np.int32) - self._zero(zero_point)
         return (steps.astype(np.float32) * scale.astype(np.float32)[..., None]).reshape(codes.shape)
 
 
@@ -267,14 +268,49 @@ class AffineGrid(_Grid):
         scale : (out, groups) or, per tensor, (1, 1), of scale_dtype
         zero_point : the same shape, uint8 in [0, 2^bits)
         """
-        W = _checked(W)
-        groups = _grouped(W, self.group_size)
+        groups = grouped(_checked(W), self.group_size)
         lo = np.minimum(groups.min(axis=-1), 0)
         hi = np.maximum(groups.max(axis=-1), 0)
         empty = (lo == 0) & (hi == 0)
         lo[empty], hi[empty] = -1, 1
-        levels = (1 << self.bits) - 1
         with np.errstate(over="ignore"):
-            scale = _stored_scale((hi - lo) / W.dtype.type(levels), self.scale_dtype)
-        zero_point = np.clip(np.rint(-lo / scale.astype(W.dtype)), 0, levels)
+            return self.from_range(lo, hi - lo)
+
+    def from_range(self, lo: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The grid of 2^bits points that begins at `lo` and is `span` wide, for each group.
+
+        Parameters
+        ----------
+        lo, span : (out, groups) or, per tensor, (1, 1), float32 or float64
+
+        Returns
+        -------
+        scale, zero_point : as from fit
+            A range on one side of zero keeps its scale, and the zero point stays in [0, 2^bits): what lies beyond
+            2^bits - 1 steps from zero saturates.
+        """
+        levels = (1 << self.bits) - 1
+        scale = _stored_scale(span / lo.dtype.type(levels), self.scale_dtype)
+        zero_point = np.clip(np.rint(-lo / scale.astype(lo.dtype)), 0, levels)
         return scale, zero_point.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class MinMaxGrid(AffineGrid):
+    """An affine grid over the values' own range: zero is not forced into it, so a group of one sign saturates.
+
+    Examples
+    --------
+    >>> grid = MinMaxGrid(bits=2, group_size=-1)
+    >>> W = np.array([[-1.0, 0.0, 2.0], [4.0, 5.5, 7.0]])
+    >>> scale, zero_point = grid.fit(W)
+    >>> scale.tolist(), zero_point.tolist(), grid.encode(W, scale, zero_point).tolist()
+    ([[1.0], [1.0]], [[1], [0]], [[0, 1, 3], [3, 3, 3]])
+    """
+
+    def fit(self, W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points of a weight; as AffineGrid.fit."""
+        groups = grouped(_checked(W), self.group_size)
+        lo = groups.min(axis=-1)
+        with np.errstate(over="ignore"):
+            return self.from_range(lo, np.maximum(groups.max(axis=-1) - lo, groups.dtype.type(1e-5)))

@@ -27,6 +27,8 @@ class Stats:
         sum over rows of x_j^2.
     absmax : (in,) float64
         max over rows of |x_j|.
+    mean_abs : (in,) float64
+        mean over rows of |x_j|.
     H : (in, in) float64
         X^T X. GPTQ and SparseGPT write 2 X X^T or a running mean: a constant factor that their steps do not see.
 
@@ -60,6 +62,11 @@ class Stats:
     def absmax(self) -> np.ndarray:
         """Largest magnitude of each input, (in,) float64."""
         return np.max(np.abs(self.X), axis=0).astype(np.float64)
+
+    @cached_property
+    def mean_abs(self) -> np.ndarray:
+        """Mean magnitude of each input, (in,) float64."""
+        return np.mean(np.abs(self.X), axis=0, dtype=np.float64)
 
     @cached_property
     def H(self) -> np.ndarray:

@@ -22,6 +22,11 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
     "dartquant": (dict(steps=3, rate=0.1), dict(steps=2, rotation="orthogonal", online=False)),
     "quarot": (dict(online=False), dict(rotation="orthogonal", seed=1)),
     "smoothquant": (dict(alpha=0.9, all_linears=True),),
+    "awq": (
+        dict(bits=3, duo_scaling=True),
+        dict(group_size=16, auto_clip=False),
+        dict(auto_scale=False, group_size=-1),
+    ),
 }
 NAMES = sorted(name for name, (family, _) in methods().items() if family in MODEL_FAMILIES)
 TRANSFORMS = [name for name in NAMES if methods()[name][0] == "transform"]

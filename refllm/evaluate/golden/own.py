@@ -185,6 +185,37 @@ def _gptq(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
     return outputs if inner.zero_point is None else outputs | {"zero_point": inner.scales()[1].astype(np.uint8)}
 
 
+def _salient(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.stats import Stats
+    from refllm.methods.quant.salient import salient
+
+    record = salient(w, Stats(x), **params)
+    kept = np.flatnonzero(record.second.mask()[0])
+    columns = record.second.values.reshape(len(kept), len(w)).T
+    return {"kept": kept, "columns": columns} | _integers(record.first)
+
+
+def _integers(record) -> dict[str, np.ndarray]:
+    scale, zero_point = record.scales()
+    return {"codes": record.unpacked(), "scale": scale, "zero_point": zero_point.astype(np.uint8)}
+
+
+def _awq(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.grids import MinMaxGrid
+    from refllm.kernels.scales import CLIP_STEPS, clip_limits
+    from refllm.kernels.stats import Stats
+    from refllm.methods.blockwise.awq import best_scale, linear_change, pack
+
+    grid, stats = MinMaxGrid(params["bits"], params["group_size"]), Stats(x)
+    s, errors = best_scale({"w": w}, stats, linear_change(w, stats), lambda W: grid, params["duo_scaling"])
+    scaled, inputs = (w * s).astype(np.float32), (x / s).astype(np.float32)
+    amax = np.abs(scaled).reshape(len(w), -1, grid.group_size).max(axis=-1)
+    limits = clip_limits(scaled, inputs, grid) / np.where(amax == 0, 1, amax)
+    steps = np.where(amax == 0, 0, np.rint((1 - limits) * CLIP_STEPS)).astype(np.int64)
+    ratio = np.array(int(np.argmin(errors)))
+    return {"ratio": ratio, "s": s, "clip_step": steps} | _integers(pack(scaled, grid, inputs))
+
+
 def _magnitude(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.prune.magnitude import magnitude
 
@@ -478,6 +509,8 @@ _OPS = {
     "quant.aqlm.search": _aqlm_search,
     "finish.vqllm": _vqllm,
     "prune.magnitude": _magnitude,
+    "quant.salient": _salient,
+    "blockwise.awq": _awq,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,
     "transform.quarot": _quarot,

@@ -16,6 +16,7 @@ from refllm.methods.quant.omse import omse as omse
 from refllm.methods.quant.pq import pq as pq
 from refllm.methods.quant.qoq import qoq as qoq
 from refllm.methods.quant.rtn import rtn as rtn
+from refllm.methods.quant.salient import salient as salient
 from refllm.methods.quant.squeezellm import squeezellm as squeezellm
 from refllm.methods.quant.zeroquant import zeroquant as zeroquant
 from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
@@ -37,6 +38,7 @@ __all__ = [
     "pq",
     "qoq",
     "rtn",
+    "salient",
     "squeezellm",
     "zeroquant",
     "zeroquant_fp",

@@ -125,7 +125,7 @@ def test_the_default_list_covers_the_families():
     assert len(DEFAULT_RECIPES) >= 10 and len(set(DEFAULT_RECIPES)) == len(DEFAULT_RECIPES)
     from refllm.methods.recipes import FAMILIES, methods
 
-    assert {name for name, _ in methods().values()} <= set(FAMILIES)
+    assert {name for name, _ in methods().values()} == set(FAMILIES)
     assert families - {"base"} == {name for name, _ in methods().values()}
 
 

@@ -5,6 +5,7 @@ number at a time, rounding exactly where the definition rounds; it must not call
 """
 
 from refllm.evaluate.golden.suites import (
+    awq,
     blockwise,
     checkpoint_bitsandbytes,
     checkpoint_compressed,
@@ -26,6 +27,7 @@ from refllm.evaluate.golden.suites import (
     rope,
     rtn,
     rtn_matmul,
+    salient,
     scaled_floats,
     small_floats,
     small_numbers,
@@ -52,6 +54,8 @@ GENERATORS = (
     vector_codes.pq_suite,
     vector_codes.aqlm_suite,
     vector_codes.vqllm_suite,
+    salient.suite,
+    awq.suite,
     magnitude.suite,
     wanda.suite,
     svd.suite,
