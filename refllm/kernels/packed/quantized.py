@@ -141,7 +141,7 @@ class MinWeight(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32: a product, then a sum, each rounded to float32."""
         scale, minimum = (a[ids].astype(np.float32)[..., None] for a in (self.scale, self.minimum))
-        codes = self.unpacked(ids).astype(np.float32).reshape(len(scale), scale.shape[1], -1)
+        codes = self.unpacked(ids).astype(np.float32).reshape(*scale.shape[:2], self.columns // scale.shape[1])
         return (scale * codes + minimum).reshape(len(scale), self.columns)
 
 

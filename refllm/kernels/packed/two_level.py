@@ -75,7 +75,7 @@ class TwoLevel(BaseRecord):
         """
         level, zero = self.levels(ids)
         codes = unpack_bits(self.codes[ids], BITS, self.columns).astype(np.int32)
-        grouped = codes.reshape(*level.shape, -1)
+        grouped = codes.reshape(*level.shape, self.columns // level.shape[1])
         return (grouped * level[..., None] - (zero * level)[..., None]).reshape(codes.shape)
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:

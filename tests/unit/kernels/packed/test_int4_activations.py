@@ -16,7 +16,7 @@ from refllm.kernels.packed.tile_kernels import TOKENS, rounded_kind
 from refllm.methods.apply import compress
 from refllm.model.llama import forward
 from tests.strategies import ACTIVATION_ROWS
-from tests.unit.kernels.packed.test_records import one_of_each
+from tests.unit.kernels.packed.test_records import coded, one_of_each
 from tests.unit.kernels.packed.test_tables import MANY_CASES
 from tests.unit.kernels.packed.test_tile_kernels import drawn_activations, laid_out, tolerance
 from tests.unit.kernels.packed.test_tiling import gguf_blocks, int_weight
@@ -88,9 +88,9 @@ def test_matmul_rounds_what_meets_codes(kernels, monkeypatch):
     x = np.random.default_rng(0).standard_normal((5, 32), np.float32)
     for name, weight in one_of_each().items():
         y = matmul(x, weight, "int4")
-        if "int" not in name and name != "gguf":
+        if not coded(name):
             assert np.array_equal(y, matmul(x, weight))
-        elif "lowrank" not in name and "reordered" not in name:
+        elif not any(part in name for part in ("lowrank", "reordered", "rotated")):
             seen = dequantize_activations(*quantize_activations(x, 32 * (name == "gguf"), 4))
             assert np.allclose(y, seen @ weight.dense().T, rtol=1e-5, atol=1e-5), name
 

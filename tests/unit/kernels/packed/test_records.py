@@ -99,6 +99,11 @@ def one_of_each():
     }
 
 
+def coded(name):
+    """Whether rounded activations apply to one of each."""
+    return "int" in name or name in ("min", "two level", "gguf")
+
+
 def one_of_each_with_rounded_inputs():
     """Their products are those of other inputs: test_inputs.py."""
     weight, scale, zero_point = int_weight(W, SymmetricGrid(4, 8)), np.float32([[0.1]]), np.uint8([[7]])
