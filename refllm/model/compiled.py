@@ -14,6 +14,7 @@ import numpy as np
 from refllm.kernels.packed import ACTIVATIONS, BITS, as_run, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
 from refllm.kernels.packed.rotated import Rotated
+from refllm.kernels.packed.sparse import LowRank, Sum
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
 from refllm.kernels.rope import cos_sin
 from refllm.model.cache import DenseStore, KVCache
@@ -36,13 +37,13 @@ def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled 
     cache : KVCache or None
         Of one sequence; may have seen any number of tokens. None: many tokens get one that is forgotten afterwards.
     tokens : int
-        How many are to come. Many need every linear of the layers packed: for float32 ones BLAS is the faster way.
+        How many are to come. Many need every part of every linear packed: for float32 ones BLAS is the faster way.
     """
     if backend() != "numba" or model.runtime.attend is not None or (cache is None and tokens == 1):
         return None
     if model.runtime.activations not in ACTIVATIONS:
         return None
-    if tokens > 1 and not all(is_record(_inside(model.weights[name])) for name in _linears(model)):
+    if tokens > 1 and not all(is_record(part) for name in _linears(model) for part in _parts(model.weights[name])):
         return None
     if cache is None:
         cache = KVCache(model.config.num_layers, model.config.context_length)
@@ -60,9 +61,53 @@ def _linears(model: Model) -> list[str]:
     return [f"model.layers.{layer}.{name}_proj.weight" for layer in layers for name in LINEARS]
 
 
-def _inside(weight):
-    """The weight that products are made with: what a Rotated holds, whose inputs are turned before."""
-    return weight.weight if isinstance(weight, Rotated) else weight
+def _head(model: Model) -> str:
+    """The name of the weight that makes logits."""
+    return EMBEDDING if model.config.tied_embeddings else "lm_head.weight"
+
+
+def _products(weight) -> tuple:
+    """The products of a linear, as plan.LINEAR has them: main, other, before; None for those it does not have.
+
+    Of a Rotated, what it holds: its inputs are turned before.
+    """
+    weight = weight.weight if isinstance(weight, Rotated) else weight
+    main, other, before = weight, None, None
+    if isinstance(weight, LowRank):
+        main, other = None, weight
+    elif isinstance(weight, Sum):
+        main, other = weight.terms
+        if isinstance(main, LowRank):
+            main, other = other, main
+    if isinstance(other, LowRank):
+        other, before = other.factors
+    return main, other, before
+
+
+def _parts(weight) -> list:
+    """The products that a linear has."""
+    return [part for part in _products(weight) if part is not None]
+
+
+def _rank(weight) -> int:
+    """Numbers between the two products of a factored linear, 0 if it has none."""
+    before = _products(weight)[2]
+    return 0 if before is None else before.shape[0]
+
+
+def _widths(config) -> dict[str, int]:
+    """The columns of each buffer."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "x": config.hidden_size,
+        "q": heads,
+        "k": kv_heads,
+        "v": kv_heads,
+        "mixed": heads,
+        "gate": config.intermediate_size,
+        "up": config.intermediate_size,
+        "branch": config.hidden_size,
+    }
 
 
 def _takes(model: Model, cache: KVCache) -> bool:
@@ -71,16 +116,20 @@ def _takes(model: Model, cache: KVCache) -> bool:
 
     if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
         return False
-    for name, stored in model.weights.items():
+    most = max(_widths(model.config).values())
+    for name, weight in model.weights.items():
         if name == EMBEDDING and not model.config.tied_embeddings:
             continue  # only rows of it are read
-        if isinstance(stored, Rotated) and not name.endswith(TURNED):
+        if isinstance(weight, Rotated) and not name.endswith(TURNED):
             return False
-        weight, activations = as_run(_inside(stored), model.runtime.activations)
-        if not is_record(weight):
-            if weight.dtype != np.float32:
+        for part in _parts(weight):
+            part, activations = as_run(part, model.runtime.activations)
+            if not is_record(part):
+                if part.dtype != np.float32:
+                    return False
+            elif (form := form_of(part)) is None or (activations in BITS and has_codes(part) and not form.has_integers):
                 return False
-        elif (form := form_of(weight)) is None or (activations in BITS and has_codes(weight) and not form.has_integers):
+        if _rank(weight) > most:  # beyond every width: there is no room for it
             return False
     return True
 
@@ -96,18 +145,7 @@ class Compiled:
         self.model, self.cache = model, cache
         config = model.config
         self._kept = []  # whatever an address points to
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self._widths = {
-            "x": config.hidden_size,
-            "q": heads,
-            "k": kv_heads,
-            "v": kv_heads,
-            "mixed": heads,
-            "gate": config.intermediate_size,
-            "up": config.intermediate_size,
-            "branch": config.hidden_size,
-        }
-        self._most = _padded(max(self._widths.values()))
+        self._most = _padded(max(_widths(config).values()))
         self._meeting = self._address(new_meeting())
         self._x, self._buffers = self._new_buffers(1)
         self._logits = np.zeros(_padded(config.vocab_size), np.float32)
@@ -116,8 +154,8 @@ class Compiled:
         self._ahead: dict = {}  # rope -> position of the first, and its table
         self._rotations = {rope: np.zeros((2, CHUNK, config.head_dim // 2), np.float32) for rope in ropes}
         self._layers = np.concatenate([self._layer(layer) for layer in range(config.num_layers)])
-        name = EMBEDDING if config.tied_embeddings else "lm_head.weight"
-        self._head = np.array([(self._gain("model.norm.weight"), self._linear(name, 1))], HEAD)
+        self._head = np.zeros(1, HEAD)
+        self._head["norm"], self._head["linear"] = self._gain("model.norm.weight"), self._linear(_head(model), 1)
         embedding = model.weights[EMBEDDING]
         self._decode_row = decoder(embedding) if is_record(embedding) else None
         self._many: tuple | None = None  # what prefill needs beside: tokens, x, buffers, layers
@@ -185,10 +223,13 @@ class Compiled:
 
         x, buffers = self._new_buffers(tokens)
         buffers["laid"] = self._address(np.empty(text.laid_bytes(self._most, tokens), np.uint8))
+        names = _linears(self.model)
+        most = max(_rank(self.model.weights[name]) for name in names)
+        between = self._address(np.zeros((tokens, _padded(most)), np.float32))
         layers = self._layers.copy()
-        for i, name in enumerate(_linears(self.model)):
+        for i, name in enumerate(names):
             layer, which = divmod(i, len(LINEARS))
-            layers[FIELDS[which]]["kernel"][layer] = self._linear(name, TOKENS)[1]
+            layers[FIELDS[which]][layer] = self._linear(name, TOKENS, between)
         return tokens, x, buffers, layers
 
     def _new_buffers(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +238,10 @@ class Compiled:
         from refllm.kernels.packed.tile_kernels import TOKENS, lay_out_address
 
         buffers = np.zeros(1, BUFFERS)
-        arrays = {name: np.zeros((tokens, _padded(width)), np.float32) for name, width in self._widths.items()}
+        names = _linears(self.model) + ([_head(self.model)] if tokens == 1 else [])
+        sums = [weight.shape[0] for name in names if isinstance(weight := self.model.weights[name], Sum)]
+        widths = _widths(self.model.config) | {"extra": max(sums, default=0)}
+        arrays = {name: np.zeros((tokens, _padded(width)), np.float32) for name, width in widths.items()}
         for name, array in arrays.items():
             buffers[name] = self._address(array)
         buffers["lay_out"] = lay_out_address(1 if tokens == 1 else TOKENS)
@@ -272,38 +316,47 @@ class Compiled:
         gain = self.model.weights[name] + np.float32(self.model.config.norm_offset)
         return self._address(np.ascontiguousarray(gain, np.float32))
 
-    def _linear(self, name: str, n: int) -> tuple[int, ...]:
-        """The numbers of one linear: table, kernel (for n tokens), kind of activations, tiles, bias, how it turns."""
+    def _linear(self, name: str, n: int, between: int = 0) -> np.ndarray:
+        """The record of one linear, its kernels for n tokens. between : its address; 0: a row of its own, for one."""
+        from refllm.kernels.packed.plan import LINEAR
+        from refllm.kernels.packed.tiling import ROWS
+        from refllm.kernels.packed.turn_kernels import turn_matrix
+
+        weight, made = self.model.weights[name], np.zeros(1, LINEAR)
+        for field, part in zip(("main", "other", "before"), _products(weight), strict=True):
+            if part is not None:
+                made[field] = self._product(part, n)
+        if rank := _rank(weight):
+            made["rank"], made["between"] = rank, between or self._address(np.zeros(_padded(rank), np.float32))
+        made["tiles"] = tiles = -(-weight.shape[0] // ROWS)
+        bias = self.model.weights.get(name.removesuffix("weight") + "bias")
+        if bias is not None:
+            made["bias"] = self._address(np.pad(bias, (0, tiles * ROWS - len(bias))))
+        if isinstance(weight, Rotated):
+            matrix = turn_matrix(weight.shape[1] // weight.inner)
+            made["turn"], made["base"], made["inner"] = self._address(matrix), len(matrix), weight.inner
+        return made
+
+    def _product(self, weight, n: int) -> tuple[int, int, int, int]:
+        """The numbers of one product: table, kernel (for n tokens), kind of activations, tiles."""
         from refllm.kernels.packed.decode_step import dense_address
         from refllm.kernels.packed.quantized import GGUFBlocks
         from refllm.kernels.packed.tile_kernels import FLOAT, laid_kind, product_address, rounded_kind
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
 
-        whole = self.model.weights[name]
-        weight, activations = as_run(_inside(whole), self.model.runtime.activations)
+        weight, activations = as_run(weight, self.model.runtime.activations)
         tiles = -(-weight.shape[0] // ROWS)
-        bias = self.model.weights.get(name.removesuffix("weight") + "bias")
-        bias = 0 if bias is None else self._address(np.pad(bias, (0, tiles * ROWS - len(bias))))
         if not is_record(weight):
             weight = np.require(weight, np.float32, ["C", "A"])
             table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
-            return self._address(table), dense_address(), FLOAT, tiles, bias, *self._turn(whole)
+            return self._address(table), dense_address(), FLOAT, tiles
         made, kind = tiles_of(weight), FLOAT
         if activations in BITS and has_codes(weight):
             kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[activations])
         self._kept.append(made)
         kernel = product_address(made.form, kind != FLOAT, n)
-        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles, bias, *self._turn(whole)
-
-    def _turn(self, weight) -> tuple[int, int, int]:
-        """Matrix, its rows, inputs that move together: of a Rotated."""
-        from refllm.kernels.packed.turn_kernels import turn_matrix
-
-        if not isinstance(weight, Rotated):
-            return 0, 0, 0
-        matrix = turn_matrix(weight.shape[1] // weight.inner)
-        return self._address(matrix), len(matrix), weight.inner
+        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles
 
     def _address(self, array: np.ndarray) -> int:
         """Where an array lies; it is kept as long as this step."""

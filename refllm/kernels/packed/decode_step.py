@@ -223,23 +223,58 @@ def _attend(query, keys, values, start, end, dim, scale, cap, scores, out):
 
 
 @register_jitable
+def _tiles(product, source, columns, laid_out, buffers, x, y, first, last):
+    """Some tiles of one product; see _product."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    scale = x + 4 * BLOCK * blocks
+    sums = scale + 4 * blocks
+    if product.kind != laid_out:
+        call(buffers.lay_out, (source, 1, blocks * BLOCK, 0, product.kind, x, scale, sums, 0, 1))
+    if first < last:
+        call(product.kernel, (product.table, x, scale, sums, y, 0, 1, first, last))
+    return product.kind
+
+
+@register_jitable
+def add_rows(y, other, first, last):
+    """y += other, some tiles of rows."""
+    for i in range(first * ROWS, last * ROWS, 16):
+        store_floats(y + 4 * i, plus(load_floats(y + 4 * i), load_floats(other + 4 * i)))
+
+
+@register_jitable
+def clear_tail(between, rank):
+    """Zeros behind the numbers of one token, to the end of the block: products read whole blocks."""
+    for i in range(rank, (rank + BLOCK - 1) // BLOCK * BLOCK):
+        store_float(between + 4 * i, np.float32(0))
+
+
+@register_jitable
 def _product(linear, source, columns, laid_out, buffers, x, y, thread, threads):
     """This member's rows of one linear, its bias added.
 
     laid_out : kind of activations that stand laid out at x, or -1. Returns the kind that stands there now.
     """
-    blocks = (columns + BLOCK - 1) // BLOCK
-    scale = x + 4 * BLOCK * blocks
-    sums = scale + 4 * blocks
-    if linear.kind != laid_out:
-        call(buffers.lay_out, (source, 1, blocks * BLOCK, 0, linear.kind, x, scale, sums, 0, 1))
     first, last = share(linear.tiles, thread, threads)
-    if first < last:
-        call(linear.kernel, (linear.table, x, scale, sums, y, 0, 1, first, last))
-        if linear.bias:
-            for i in range(first * ROWS, last * ROWS, 16):
-                store_floats(y + 4 * i, plus(load_floats(y + 4 * i), load_floats(linear.bias + 4 * i)))
-    return linear.kind
+    if linear.main.kernel:
+        laid_out = _tiles(linear.main, source, columns, laid_out, buffers, x, y, first, last)
+    if linear.other.kernel:
+        out = buffers.extra if linear.main.kernel else y
+        if linear.before.kernel:
+            begin, end = share(linear.before.tiles, thread, threads)
+            _tiles(linear.before, source, columns, laid_out, buffers, x, linear.between, begin, end)
+            if begin < end == linear.before.tiles:
+                clear_tail(linear.between, linear.rank)
+            barrier(buffers.meeting, threads)
+            _tiles(linear.other, linear.between, linear.rank, -1, buffers, x, out, first, last)
+            laid_out = -1
+        else:
+            laid_out = _tiles(linear.other, source, columns, laid_out, buffers, x, out, first, last)
+        if linear.main.kernel:
+            add_rows(y, out, first, last)
+    if linear.bias:
+        add_rows(y, linear.bias, first, last)
+    return laid_out
 
 
 @register_jitable

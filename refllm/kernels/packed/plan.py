@@ -8,12 +8,24 @@ import numpy as np
 
 _ADDRESS = np.int64
 
-LINEAR = np.dtype(
+PRODUCT = np.dtype(
     [
         ("table", _ADDRESS),  # of the weight, as its kernel wants it
         ("kernel", _ADDRESS),  # a tile product for the number of tokens at hand
         ("kind", np.int64),  # of activations, as tile_kernels.laid_kind gives it
         ("tiles", np.int64),
+    ]
+)
+
+# y = main x + other (before x) + bias: a LowRank has `other` and `before`, a Sum `main` and `other` or both of these.
+LINEAR = np.dtype(
+    [
+        ("main", PRODUCT),
+        ("other", PRODUCT),
+        ("before", PRODUCT),  # without it, `other` multiplies x itself
+        ("rank", np.int64),  # numbers that `before` makes
+        ("between", _ADDRESS),  # where they stand: a row a token, padded to whole blocks of 32
+        ("tiles", np.int64),  # of y
         ("bias", _ADDRESS),  # padded to whole tiles
         ("turn", _ADDRESS),  # of o and down: the matrix of turn_kernels, where inputs are turned
         ("base", np.int64),  # its rows
@@ -46,6 +58,7 @@ BUFFERS = np.dtype(
             "mixed",  # what attention gives
             "gate", "up",
             "branch",  # what o and down give
+            "extra",  # what is added to the main product of a linear
             "logits",  # of one token
             "laid",  # activations laid out, of many tokens
             "lay_out",  # the kernel that lays out

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.decode_step import activate, copy, norm, records, rotate, tanh
+from refllm.kernels.packed.decode_step import activate, add_rows, clear_tail, copy, norm, records, rotate, tanh
 from refllm.kernels.packed.lanes import (
     divide,
     every,
@@ -45,6 +45,7 @@ from refllm.kernels.packed.turn_kernels import turn
 LANES = 16  # queries at a time
 SOME = 8  # keys, or columns of values, at a time
 KEY_BLOCK = 64
+NOTHING, OTHERS = -1, -2  # instead of a kind: nothing stands laid out, or the activations of another product
 
 
 @register_jitable
@@ -142,39 +143,65 @@ def _laid(buffers, tokens, columns):
 
 
 @register_jitable
-def _lay_out(linear, laid_out, source, tokens, columns, buffers, thread, threads):
-    """This member's panels of the activations that a linear takes, unless they stand there; then all wait.
+def _lay_out(product, laid_out, source, tokens, columns, buffers, thread, threads):
+    """This member's panels of the activations that a product takes, unless they stand there; then all wait.
 
     source : rows as long as `columns` padded to blocks. Returns the kind that stands there now.
     """
-    if linear.kind != laid_out:
-        if laid_out >= 0:  # others may still read what stands there
+    if product.kind != laid_out:
+        if laid_out != NOTHING:  # others may still read what stands there
             barrier(buffers.meeting, threads)
         padded = (columns + BLOCK - 1) // BLOCK * BLOCK
         x, scale, sums = _laid(buffers, tokens, columns)
         first, last = share((tokens + TOKENS - 1) // TOKENS, thread, threads)
-        call(buffers.lay_out, (source, tokens, padded, 4 * padded, linear.kind, x, scale, sums, first, last))
+        call(buffers.lay_out, (source, tokens, padded, 4 * padded, product.kind, x, scale, sums, first, last))
         barrier(buffers.meeting, threads)
-    return linear.kind
+    return product.kind
+
+
+@register_jitable
+def _tiles(product, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads):
+    """This member's rows of one product for all tokens; see _product."""
+    laid_out = _lay_out(product, laid_out, source, tokens, columns, buffers, thread, threads)
+    x, scale, sums = _laid(buffers, tokens, columns)
+    panels = (tokens + TOKENS - 1) // TOKENS
+    first, last = share(product.tiles, thread, threads)
+    if first < last:
+        call(product.kernel, (product.table, x, scale, sums, y, out_bytes, panels, first, last))
+    return laid_out
 
 
 @register_jitable
 def _product(linear, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads):
     """This member's rows of one linear for all tokens, its bias added; y has rows of `out_bytes`.
 
-    laid_out : as in decode_step; returned likewise.
+    laid_out : kind of activations that stand laid out, NOTHING or OTHERS. Returns what stands there now.
     """
-    laid_out = _lay_out(linear, laid_out, source, tokens, columns, buffers, thread, threads)
-    x, scale, sums = _laid(buffers, tokens, columns)
-    panels = (tokens + TOKENS - 1) // TOKENS
+    if linear.main.kernel:
+        laid_out = _tiles(linear.main, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads)
+    out, other = y, linear.other
+    if other.kernel:
+        if linear.main.kernel:
+            out = buffers.extra
+        if linear.before.kernel:
+            between, rank = linear.between, linear.rank
+            row_bytes = 4 * ((rank + BLOCK - 1) // BLOCK * BLOCK)
+            _tiles(linear.before, laid_out, source, tokens, columns, buffers, between, row_bytes, thread, threads)
+            begin, end = share(linear.before.tiles, thread, threads)
+            if begin < end == linear.before.tiles:
+                for t in range(tokens):
+                    clear_tail(between + row_bytes * t, rank)
+            barrier(buffers.meeting, threads)
+            _tiles(other, NOTHING, between, tokens, rank, buffers, out, out_bytes, thread, threads)
+            laid_out = OTHERS
+        else:
+            laid_out = _tiles(other, laid_out, source, tokens, columns, buffers, out, out_bytes, thread, threads)
     first, last = share(linear.tiles, thread, threads)
-    if first < last:
-        call(linear.kernel, (linear.table, x, scale, sums, y, out_bytes, panels, first, last))
+    for t in range(tokens):
+        if out != y:
+            add_rows(y + out_bytes * t, out + out_bytes * t, first, last)
         if linear.bias:
-            for t in range(tokens):
-                for i in range(first * ROWS, last * ROWS, 16):
-                    place = y + out_bytes * t + 4 * i
-                    store_floats(place, plus(load_floats(place), load_floats(linear.bias + 4 * i)))
+            add_rows(y + out_bytes * t, linear.bias, first, last)
     return laid_out
 
 
@@ -239,7 +266,7 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
     for n in range(len(layers)):
         layer = layers[n]
         _norms(x, row_bytes, first, last, hidden, layer.input_norm, eps, branch)
-        kind = _product(layer.q, -1, branch, tokens, hidden, buffers, q, q_bytes, thread, threads)
+        kind = _product(layer.q, NOTHING, branch, tokens, hidden, buffers, q, q_bytes, thread, threads)
         kind = _product(layer.k, kind, branch, tokens, hidden, buffers, k, kv_bytes, thread, threads)
         _product(layer.v, kind, branch, tokens, hidden, buffers, v, kv_bytes, thread, threads)
         barrier(meeting, threads)
@@ -262,11 +289,11 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
             )  # fmt: skip
         barrier(meeting, threads)
         _turn(layer.o, mixed, q_bytes, first, last, heads * dim, mine)
-        _product(layer.o, -1, mixed, tokens, heads * dim, buffers, branch, row_bytes, thread, threads)
+        _product(layer.o, NOTHING, mixed, tokens, heads * dim, buffers, branch, row_bytes, thread, threads)
         barrier(meeting, threads)
         _add_branch(x, branch, row_bytes, first, last, hidden, layer.attention_norm, eps, mine)
         _norms(x, row_bytes, first, last, hidden, layer.mlp_norm, eps, branch)
-        kind = _product(layer.gate, -1, branch, tokens, hidden, buffers, gate, wide_bytes, thread, threads)
+        kind = _product(layer.gate, NOTHING, branch, tokens, hidden, buffers, gate, wide_bytes, thread, threads)
         _product(layer.up, kind, branch, tokens, hidden, buffers, up, wide_bytes, thread, threads)
         first_tile, last_tile = share(layer.gate.tiles, thread, threads)
         for t in range(tokens):  # the same rows of both: no need to wait
@@ -274,7 +301,7 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
             activate(gate + at, up + at, (last_tile - first_tile) * ROWS, gelu)
         barrier(meeting, threads)
         _turn(layer.down, gate, wide_bytes, first, last, wide, mine)
-        _product(layer.down, -1, gate, tokens, wide, buffers, branch, row_bytes, thread, threads)
+        _product(layer.down, NOTHING, gate, tokens, wide, buffers, branch, row_bytes, thread, threads)
         barrier(meeting, threads)
         _add_branch(x, branch, row_bytes, first, last, hidden, layer.output_norm, eps, mine)
 

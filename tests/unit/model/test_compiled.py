@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import refllm
+from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.packed import threads
 from refllm.kernels.packed.quantized import IntWeight
+from refllm.kernels.packed.records import LowRank, SparseBitmask, Sum, as_float
 from refllm.model import compiled
 from refllm.model.cache import DenseStore, KVCache, new_cache
 from refllm.model.llama import forward
@@ -144,6 +146,14 @@ def test_what_it_leaves_to_the_readable_pass(monkeypatch):
     assert not made(replace(model, runtime=replace(model.runtime, attend=lambda *_, **__: None)), one())
     odd = packed(random_model("llama", head_dim=16), "rtn:bits=4,group=8")
     assert isinstance(odd.weights["model.layers.0.mlp.up_proj.weight"], IntWeight) and not made(odd, one())
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = model.weights[name]
+    with_up = lambda up: replace(model, weights=model.weights | {name: up})
+    low = lambda rank: LowRank(np.zeros((weight.shape[0], rank), np.float16), np.zeros((rank, weight.shape[1]), "f2"))
+    assert made(with_up(low(64)), one()) and made(with_up(Sum(weight, low(5))), one(), tokens=5)
+    assert not made(with_up(low(65)), one())  # no room for so many numbers between the factors
+    assert not made(with_up(Sum(weight, Sum(weight, weight))), one())
+    assert not made(with_up(Sum(low(5), low(5))), one())
     monkeypatch.setenv("REFLLM_KERNELS", "numpy")
     assert not made(model, one())
 
@@ -169,3 +179,61 @@ def test_sparse_weights(recipe, activations, monkeypatch):
     expected = readable(model, IDS, monkeypatch)
     y, _ = through_a_cache(model, IDS)
     assert np.median(distance(y, expected)) < 1e-5
+
+
+def int8_codes(W):
+    grid = SymmetricGrid(8, -1)
+    return IntWeight.pack(grid, grid.encode(W, *grid.fit(W)), *grid.fit(W))
+
+
+def of_rank(W, rank, dtype="float16", pack=None):
+    U, S, V = np.linalg.svd(W, full_matrices=False)
+    A, B = (U * S)[:, :rank].astype(np.float32), V[:rank].astype(np.float32)
+    return LowRank(pack(A) if pack else as_float(A, dtype), as_float(B, dtype))
+
+
+FACTORED = {  # what becomes of a weight; of each the rank differs, so that no row of one product is as long as the next
+    "float16": lambda W, rank: of_rank(W, rank),
+    "float32": lambda W, rank: of_rank(W, rank, "float32"),
+    "codes and floats": lambda W, rank: of_rank(W, rank, pack=int8_codes),
+    "codes and a repair": lambda W, rank: Sum(int8_codes(W), of_rank(W / 8, rank)),
+    "a repair and codes": lambda W, rank: Sum(of_rank(W / 8, rank, "float32"), int8_codes(W)),
+    "codes and kept values": lambda W, rank: Sum(int8_codes(W), SparseBitmask.compress(W, np.abs(W) > 0.8)),
+    "two matrices": lambda W, rank: Sum(W, as_float(W / 3, "float16")),
+}
+
+
+def factored(kind, **config):
+    """A model whose linears are factored or sums, but for one in six; so is its tied embedding, or its head."""
+    model = random_model(**config)
+    weights, rank = dict(model.weights), 3
+    for name, W in model.weights.items():
+        if name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
+            rank = (rank + 13) % 41 + 1
+            weights[name] = int8_codes(W) if rank % 6 == 0 else FACTORED[kind](W, rank)
+    return replace(model, weights=weights)
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("kind", FACTORED)
+def test_factors_and_sums(kind, activations, monkeypatch):
+    model = factored(kind, **SHAPES["tails"])
+    model = replace(model, runtime=replace(model.runtime, activations=activations))
+    expected = readable(model, IDS, monkeypatch)
+    y, cache = through_a_cache(model, IDS)
+    assert isinstance(cache.compiled[1], compiled.Compiled)
+    many = compiled.compiled_for(model, None, 5)
+    assert (many is None) == (kind in ("float32", "a repair and codes", "two matrices"))  # a float32 part: BLAS
+    for some in (y, forward(model, IDS)):
+        assert np.median(distance(some, expected)) < 1e-5
+        assert distance(some, expected).max() < (1e-5 if activations == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["codes and a repair", "float16"])
+def test_factors_on_any_number_of_threads(kind, monkeypatch):
+    model, results = factored(kind, architecture="mistral", num_heads=6, num_kv_heads=3, head_dim=16), []
+    monkeypatch.setattr(compiled, "MINIMUM_WORK", 1)
+    for count in (1, 2, 3, 5):
+        monkeypatch.setenv("REFLLM_THREADS", str(count))
+        results.append(through_a_cache(model, IDS)[0])
+    assert all(np.array_equal(results[0], other) for other in results[1:])
