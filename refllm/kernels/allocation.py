@@ -40,8 +40,8 @@ def allocate(loss: np.ndarray, nbytes: np.ndarray, budget: int) -> np.ndarray:
 
     Examples
     --------
-    >>> loss, nbytes = np.array([[9.0, 1.0, 0.0], [4.0, 3.0, 0.0]]), np.array([[1, 2, 3], [1, 2, 3]])
-    >>> allocate(loss, nbytes, 4).tolist(), allocate(loss, nbytes, 5).tolist()
+    >>> loss, nbytes = np.array([[9, 1, 0], [4, 3, 0]]), np.array([[2, 4, 8], [2, 4, 8]])
+    >>> allocate(loss, nbytes, 6).tolist(), allocate(loss, nbytes, 12).tolist()
     ([1, 0], [1, 2])
     """
     loss, nbytes = np.asarray(loss, np.float64), np.asarray(nbytes, np.int64)
