@@ -48,7 +48,7 @@ def kquants(bug, params, layers):
             o = base
         types[i, [2, 3, 6]] = [TYPES.index(t) for t in (v, o, down)]
     tied = params["tied_embeddings"] or bug == "embedding_as_head"
-    return {"types": types.astype(np.uint8), "embedding": np.array(4 if tied else TYPES.index(base), np.uint8)}
+    return {"types": types.astype(np.uint8), "embedding": np.array([4 if tied else TYPES.index(base)], np.uint8)}
 
 
 def allocate(bug, params, loss, nbytes, budget):

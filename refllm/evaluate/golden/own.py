@@ -68,7 +68,7 @@ def _kquants(params: dict, layers: np.ndarray) -> dict[str, np.ndarray]:
     code = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
     types = [[code[t] for t in layer_types(mix, i, n, gqa)] for i in range(n)]
     embedding = code["Q6_K" if params["tied_embeddings"] else mix[:4]]
-    return {"types": np.array(types, np.uint8), "embedding": np.array(embedding, np.uint8)}
+    return {"types": np.array(types, np.uint8), "embedding": np.array([embedding], np.uint8)}
 
 
 def _allocate(params: dict, loss: np.ndarray, nbytes: np.ndarray, budget: np.ndarray) -> dict[str, np.ndarray]:

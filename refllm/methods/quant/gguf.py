@@ -58,6 +58,8 @@ def gguf(W: np.ndarray, stats: Stats | None = None, *, type: str = "Q4_0", imatr
     W = np.asarray(W)
     if W.ndim != 2 or W.size == 0:
         raise ValueError(f"a weight must be a non-empty [out, in] matrix, got shape {W.shape}")
+    if not np.isfinite(W).all():
+        raise ValueError("the weight holds NaN or Inf; quantization needs finite values")
     if imatrix and stats is None:
         raise ValueError("imatrix needs calibration inputs")
     importance = (stats.sum_squares / stats.n).astype(np.float32) if imatrix else None

@@ -47,7 +47,7 @@ def _mix(id: int, comment: str, flags: str, mix: str, layers: int, tied: bool, g
     rows = [[_SPECIAL[mix].get(t, lambda i, n, gqa: base)(i, layers, gqa) for t in TENSORS] for i in range(layers)]
     expected = {
         "types": Output(_BITS, values("u8", [[TYPES.index(t) for t in row] for row in rows])),
-        "embedding": Output(_BITS, values("u8", TYPES.index("Q6_K" if tied else base))),
+        "embedding": Output(_BITS, values("u8", [TYPES.index("Q6_K" if tied else base)])),
     }
     params = {"mix": mix, "tied_embeddings": tied, "heads_per_group": gqa}
     inputs = {"layers": values("i64", layers)}
@@ -59,7 +59,7 @@ def kquants_suite() -> SuiteSpec:
     header = [
         "Input layers, i64 []. Params: mix, tied_embeddings, heads_per_group (query heads per key-value head). "
         "Outputs: "
-        "types u8 [layers, 7], of q, k, v, o, gate, up and down in every layer, and embedding u8 []: 0 Q2_K, 1 Q3_K, "
+        "types u8 [layers, 7], of q, k, v, o, gate, up and down in every layer, and embedding u8 [1]: 0 Q2_K, 1 Q3_K, "
         "2 Q4_K, 3 Q5_K, 4 Q6_K, before any fallback of rows that 256 does not divide. A head of its own is Q6_K.",
         "more(i, n) = i < n // 8 or i >= 7 n // 8 or (i - n // 8) mod 3 = 2. The rules stand in refllm's module "
         "methods/blockwise/kquants.py as a table.",

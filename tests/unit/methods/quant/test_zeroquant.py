@@ -124,6 +124,7 @@ def test_the_compiled_pass_rounds_inputs_as_the_record_says(monkeypatch):
     """The same numbers as the readable pass, and as integers of the run-time stage."""
     model, ids = random_model("llama", np.float32), np.arange(40)
     small = compress(model, "zeroquant:group=32,bits=8,only=attn+zeroquant:group=16,activation_bits=4,only=mlp")
+    monkeypatch.setenv("REFLLM_KERNELS", "numba")
     cache = new_cache(small)
     cache.check_batch(1)
     assert compiled_for(small, cache, 1) is not None
