@@ -78,7 +78,7 @@ def _decode(bug, name, blocks):
         fields = form.layout.unpack(blocks.reshape(-1, form.bytes_per_block))
         fields = {key: value.view(np.uint8) if value.dtype == np.int8 else value for key, value in fields.items()}
         with np.errstate(all="ignore"):
-            return form.decode_fields(**fields).reshape(len(blocks), -1)
+            return form.terms(**fields).decode().reshape(len(blocks), -1)
     x = implementation("formats.gguf.decode", {"type": name}, {"blocks": blocks})["x"]
     if bug == "pairs_not_halves":
         return x.reshape(len(x), -1, 2, 16).transpose(0, 1, 3, 2).reshape(x.shape)

@@ -136,7 +136,7 @@ def layout_section(layout: Layout) -> list[str]:
 
 def gguf_page(form) -> str:
     """The page of a GGUF block type."""
-    meaning = (sys.modules[form.decode_fields.__module__].__doc__ or "").splitlines()
+    meaning = (sys.modules[form.terms.__module__].__doc__ or "").splitlines()
     formula = [line.strip() for line in meaning if line.strip().startswith(f"{form.name} ")]
     lines = [
         f"# {form.name}",
@@ -145,7 +145,7 @@ def gguf_page(form) -> str:
         "",
         *(["```text", *formula, "```", ""] if formula else []),
         *layout_section(form.layout),
-        _source(sys.modules[form.decode_fields.__module__]),
+        _source(sys.modules[form.terms.__module__]),
     ]
     return "\n".join([*lines, ""])
 

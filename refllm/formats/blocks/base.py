@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,41 @@ from refllm.formats.blocks import scale_search
 from refllm.formats.layouts import Layout
 
 _CHUNK = 1 << 16  # numbers worked on at a time: the temporaries of a search stay in cache
+
+
+class Terms(NamedTuple):
+    """What the fields of n blocks mean: number = scale times a whole number, plus low; all float32.
+
+    Parameters
+    ----------
+    scale : (n, k)
+        One for every block_size / k consecutive numbers; (n, 1) beside levels.
+    whole : (n, block_size)
+    low : (n, k), optional
+        What is added; (n, 1) beside levels.
+    levels, low_levels : (n, k), optional
+        Whole numbers that the scale, and what is added, are multiplied with first.
+    """
+
+    scale: np.ndarray
+    whole: np.ndarray
+    low: np.ndarray | None = None
+    levels: np.ndarray | None = None
+    low_levels: np.ndarray | None = None
+
+    @property
+    def of_groups(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scale and low of every group of numbers, (n, k) each, or no low."""
+        times = lambda top, levels: top if levels is None else top * levels
+        return times(self.scale, self.levels), times(self.low, self.low_levels)
+
+    def decode(self) -> np.ndarray:
+        """The numbers, (n, block_size) float32."""
+        scale, low = self.of_groups
+        x = scale[..., None] * self.whole.reshape(*scale.shape, -1)
+        if low is not None:
+            x += low[..., None]
+        return x.reshape(self.whole.shape)
 
 
 @dataclass(frozen=True)
@@ -21,11 +57,12 @@ class BlockFormat:
         As in the GGUF specification.
     layout : Layout
         Name, bytes and fields of a block.
-    decode_fields : callable
-        Fields by name, each (n, count), -> (n, block_size) float32.
+    terms : callable
+        What the fields mean: by name, each (n, count), -> Terms.
     encode_fields : callable or None
-        The inverse; None for a format that is only read. With `takes_importance` it has two more arguments: (n,
-        block_size) float32 importance or None, and who searches the scales (the module scale_search or its equal).
+        (n, block_size) float32 -> fields; None for a format that is only read. With `takes_importance` it has two more
+        arguments: (n, block_size) float32 importance or None, and who searches the scales (the module scale_search or
+        its equal).
     takes_importance : bool
     weigh : callable, optional
         For a format whose weights need the whole row: rows (..., n) and their importance -> what encode_fields gets as
@@ -44,7 +81,7 @@ class BlockFormat:
 
     type_id: int
     layout: Layout
-    decode_fields: Callable[..., np.ndarray]
+    terms: Callable[..., Terms]
     encode_fields: Callable[..., dict[str, np.ndarray]] | None = None
     takes_importance: bool = False
     weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
@@ -146,8 +183,12 @@ class BlockFormat:
             step = max(1, _CHUNK // self.block_size)
             for start in range(0, len(blocks), step):
                 part = slice(start, start + step)
-                out[part] = self.decode_fields(**self.layout.unpack(blocks[part]))
+                out[part] = self.read(blocks[part]).decode()
         return out.reshape(*data.shape[:-1], data.shape[-1] // self.bytes_per_block * self.block_size)
+
+    def read(self, blocks: np.ndarray) -> Terms:
+        """What blocks (n, bytes_per_block) mean."""
+        return self.terms(**self.layout.unpack(blocks))
 
     def is_finite(self, data: np.ndarray) -> bool:
         """Whether every decoded number of these bytes is finite."""

@@ -21,7 +21,7 @@ block of Q8_K, which ggml leaves as they are, are 0.
 
 import numpy as np
 
-from refllm.formats.blocks.base import BlockFormat
+from refllm.formats.blocks.base import BlockFormat, Terms
 from refllm.formats.blocks.scale_search import EMPTY, nearest_int, signed_largest, total
 from refllm.formats.layouts import Bits, Field, Layout, codes, numbers
 
@@ -137,28 +137,22 @@ Q8_K_LAYOUT = Layout(
 )
 
 
-def _wide(per_block: np.ndarray) -> np.ndarray:
-    """One number of each sub-block -> one for each element: (n, 8 or 16) -> (n, 256)."""
-    return np.repeat(per_block, 256 // per_block.shape[1], axis=1)
+def _affine(d, dmin, sc, mn, q) -> Terms:
+    d, dmin, sc, mn, q = (a.astype(np.float32) for a in (d, dmin, sc, mn, q))
+    return Terms(d, q, -dmin, sc, mn)
 
 
-def _decode_affine(d, dmin, sc, mn, q) -> np.ndarray:
-    scale = d.astype(np.float32) * sc.astype(np.float32)
-    low = dmin.astype(np.float32) * mn.astype(np.float32)
-    return _wide(scale) * q.astype(np.float32) - _wide(low)
-
-
-def _decode_six_bits(d, dmin, sc_low, sc_high, mn_low, mn_high, q) -> np.ndarray:
+def _affine_six_bits(d, dmin, sc_low, sc_high, mn_low, mn_high, q) -> Terms:
     sc, mn = np.concatenate([sc_low, sc_high], axis=1), np.concatenate([mn_low, mn_high], axis=1)
-    return _decode_affine(d, dmin, sc, mn, q)
+    return _affine(d, dmin, sc, mn, q)
 
 
-def _decode_signed(scale_offset: int, offset: int):
-    def decode(q, sc, d) -> np.ndarray:
-        scale = d.astype(np.float32) * (sc.astype(np.float32) - np.float32(scale_offset))
-        return _wide(scale) * (q.astype(np.float32) - np.float32(offset))
+def _signed(scale_offset: int, offset: int):
+    def terms(q, sc, d) -> Terms:
+        levels = sc.astype(np.float32) - np.float32(scale_offset)
+        return Terms(d.astype(np.float32), q.astype(np.float32) - np.float32(offset), levels=levels)
 
-    return decode
+    return terms
 
 
 def block_weights(x: np.ndarray, importance: np.ndarray, factor: float) -> np.ndarray:
@@ -270,17 +264,17 @@ def _encode_q8_k(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"d": d, "q": q, "sums": q.reshape(-1, 16, 16).sum(axis=2, dtype=np.int16)}
 
 
-def _decode_q8_k(d, q, sums) -> np.ndarray:
-    return d * q.astype(np.float32)
+def _terms_q8_k(d, q, sums) -> Terms:
+    return Terms(d, q.astype(np.float32))
 
 
-def _searched(type_id: int, layout: Layout, decode, encode) -> BlockFormat:
-    return BlockFormat(type_id, layout, decode, encode, takes_importance=True)
+def _searched(type_id: int, layout: Layout, terms, encode) -> BlockFormat:
+    return BlockFormat(type_id, layout, terms, encode, takes_importance=True)
 
 
-Q2_K = _searched(10, Q2_K_LAYOUT, _decode_affine, _encode_affine(16, 3, 15, (-0.5, 0.1, 15, True), np.abs))
-Q3_K = _searched(11, Q3_K_LAYOUT, _decode_signed(32, 4), _encode_q3_k)
-Q4_K = _searched(12, Q4_K_LAYOUT, _decode_six_bits, _encode_affine(32, 15, 63, (-1.0, 0.1, 20), _rms_plus))
-Q5_K = _searched(13, Q5_K_LAYOUT, _decode_six_bits, _encode_affine(32, 31, 63, (-0.5, 0.1, 15), _rms_plus))
-Q6_K = _searched(14, Q6_K_LAYOUT, _decode_signed(0, 32), _encode_q6_k)
-Q8_K = BlockFormat(15, Q8_K_LAYOUT, _decode_q8_k, _encode_q8_k, activations_only=True)
+Q2_K = _searched(10, Q2_K_LAYOUT, _affine, _encode_affine(16, 3, 15, (-0.5, 0.1, 15, True), np.abs))
+Q3_K = _searched(11, Q3_K_LAYOUT, _signed(32, 4), _encode_q3_k)
+Q4_K = _searched(12, Q4_K_LAYOUT, _affine_six_bits, _encode_affine(32, 15, 63, (-1.0, 0.1, 20), _rms_plus))
+Q5_K = _searched(13, Q5_K_LAYOUT, _affine_six_bits, _encode_affine(32, 31, 63, (-0.5, 0.1, 15), _rms_plus))
+Q6_K = _searched(14, Q6_K_LAYOUT, _signed(0, 32), _encode_q6_k)
+Q8_K = BlockFormat(15, Q8_K_LAYOUT, _terms_q8_k, _encode_q8_k, activations_only=True)

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from refllm.formats.blocks.base import BlockFormat
+from refllm.formats.blocks.base import BlockFormat, Terms
 from refllm.formats.blocks.kquants import block_weights
 from refllm.formats.blocks.scale_search import nearest_int, nearest_level, signed_largest
 from refllm.formats.layouts import Bits, Field, Layout, codes, numbers
@@ -50,13 +50,13 @@ _SIX_BITS = Field(
 )
 
 
-def _decode_iq4_nl(d, q) -> np.ndarray:
-    return d.astype(np.float32) * IQ4_LEVELS[q].astype(np.float32)
+def _terms_iq4_nl(d, q) -> Terms:
+    return Terms(d.astype(np.float32), IQ4_LEVELS[q].astype(np.float32))
 
 
-def _decode_iq4_xs(d, sc, q) -> np.ndarray:
-    scale = d.astype(np.float32) * (sc.astype(np.float32) - np.float32(32))
-    return np.repeat(scale, 32, axis=1) * IQ4_LEVELS[q].astype(np.float32)
+def _terms_iq4_xs(d, sc, q) -> Terms:
+    levels = sc.astype(np.float32) - np.float32(32)
+    return Terms(d.astype(np.float32), IQ4_LEVELS[q].astype(np.float32), levels=levels)
 
 
 def _iq4_scales(x: np.ndarray, importance: np.ndarray | None, search) -> np.ndarray:
@@ -91,8 +91,8 @@ def _nearest_fp4(magnitude: np.ndarray, negative: np.ndarray, half: np.ndarray) 
     return np.where(half > 0, q | ((q > 0) & negative).astype(np.uint8) << 3, 0)
 
 
-def _decode_mxfp4(e, q) -> np.ndarray:
-    return FP4_DOUBLED[q].astype(np.float32) * np.ldexp(np.float32(1), e.astype(np.int32) - 128)
+def _terms_mxfp4(e, q) -> Terms:
+    return Terms(np.ldexp(np.float32(1), e.astype(np.int32) - 128), FP4_DOUBLED[q].astype(np.float32))
 
 
 def _encode_mxfp4(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,8 +120,8 @@ def _to_ue4m3(x: np.ndarray) -> np.ndarray:
     return np.where(x < np.float32(2**-6), small, normal)
 
 
-def _decode_nvfp4(d, q) -> np.ndarray:
-    return np.repeat(_ue4m3_halved(d), 16, axis=1) * FP4_DOUBLED[q].astype(np.float32)
+def _terms_nvfp4(d, q) -> Terms:
+    return Terms(_ue4m3_halved(d), FP4_DOUBLED[q].astype(np.float32))
 
 
 def _encode_nvfp4(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,7 +133,7 @@ def _encode_nvfp4(x: np.ndarray) -> dict[str, np.ndarray]:
 IQ4_NL = BlockFormat(
     20,
     Layout("IQ4_NL", 18, 32, (numbers("d", "f2", 0, text="scale"), _nibbles(2, 32, 32, _INDEX))),
-    _decode_iq4_nl,
+    _terms_iq4_nl,
     _encode_iq4_nl,
     takes_importance=True,
 )
@@ -145,7 +145,7 @@ IQ4_XS = BlockFormat(
         256,
         (numbers("d", "f2", 0, text="scale of the scales"), _SIX_BITS, _nibbles(8, 256, 32, _INDEX)),
     ),
-    _decode_iq4_xs,
+    _terms_iq4_xs,
     _encode_iq4_xs,
     takes_importance=True,
 )
@@ -157,7 +157,7 @@ MXFP4 = BlockFormat(
         32,
         (numbers("e", "u1", 0, text="E8M0 scale: exponent plus 127"), _nibbles(1, 32, 32, _FP4)),
     ),
-    _decode_mxfp4,
+    _terms_mxfp4,
     _encode_mxfp4,
 )
 NVFP4 = BlockFormat(
@@ -168,6 +168,6 @@ NVFP4 = BlockFormat(
         64,
         (numbers("d", "u1", 0, 4, "UE4M3 scale of every 16 elements"), _nibbles(4, 64, 16, _FP4)),
     ),
-    _decode_nvfp4,
+    _terms_nvfp4,
     _encode_nvfp4,
 )

@@ -15,7 +15,7 @@ that 1/d overflows float32 gets the codes of a zero block (its stored scale is 0
 
 import numpy as np
 
-from refllm.formats.blocks.base import BlockFormat
+from refllm.formats.blocks.base import BlockFormat, Terms
 from refllm.formats.blocks.scale_search import signed_largest, smallest
 from refllm.formats.layouts import Bits, Field, Layout, codes, numbers
 
@@ -53,8 +53,8 @@ def _encode_signed(levels: int):
     return encode
 
 
-def _decode_signed(levels: int):
-    return lambda d, q: d.astype(np.float32) * (q.astype(np.float32) - np.float32(levels / 2))
+def _signed(levels: int):
+    return lambda d, q: Terms(d.astype(np.float32), q.astype(np.float32) - np.float32(levels / 2))
 
 
 def _encode_affine(levels: int):
@@ -71,8 +71,8 @@ def _encode_affine(levels: int):
     return encode
 
 
-def _decode_affine(d: np.ndarray, m: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return d.astype(np.float32) * q.astype(np.float32) + m.astype(np.float32)
+def _affine(d: np.ndarray, m: np.ndarray, q: np.ndarray) -> Terms:
+    return Terms(d.astype(np.float32), q.astype(np.float32), m.astype(np.float32))
 
 
 def _encode_q8_0(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,8 +86,8 @@ def _encode_q8_1(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"d": d, "s": q.sum(axis=1, keepdims=True) * d, "q": q.astype(np.int8)}
 
 
-def _decode_q8_0(d: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return d.astype(np.float32) * q.astype(np.float32)
+def _whole(d: np.ndarray, q: np.ndarray) -> Terms:
+    return Terms(d.astype(np.float32), q.astype(np.float32))
 
 
 def _scale(at: int = 0) -> Field:
@@ -108,36 +108,36 @@ def _fives(at: int, text: str) -> Field:
     return Field("q", 32, "u1", parts, text)
 
 
-def _searched(type_id: int, layout: Layout, decode, encode) -> BlockFormat:
-    return BlockFormat(type_id, layout, decode, encode, takes_importance=True, weigh=row_weights)
+def _searched(type_id: int, layout: Layout, terms, encode) -> BlockFormat:
+    return BlockFormat(type_id, layout, terms, encode, takes_importance=True, weigh=row_weights)
 
 
 Q4_0 = _searched(
     2,
     Layout("Q4_0", 18, 32, (_scale(), _nibbles(2, "codes 0..15, 8 means 0"))),
-    _decode_signed(16),
+    _signed(16),
     _encode_signed(16),
 )
 Q4_1 = _searched(
     3,
     Layout("Q4_1", 20, 32, (_scale(), _minimum(), _nibbles(4, "codes 0..15 above the minimum"))),
-    _decode_affine,
+    _affine,
     _encode_affine(16),
 )
 Q5_0 = _searched(
     6,
     Layout("Q5_0", 22, 32, (_scale(), _fives(2, "codes 0..31, 16 means 0"))),
-    _decode_signed(32),
+    _signed(32),
     _encode_signed(32),
 )
 Q5_1 = _searched(
     7,
     Layout("Q5_1", 24, 32, (_scale(), _minimum(), _fives(4, "codes 0..31 above the minimum"))),
-    _decode_affine,
+    _affine,
     _encode_affine(32),
 )
 Q8_0 = BlockFormat(
-    8, Layout("Q8_0", 34, 32, (_scale(), numbers("q", "i1", 2, 32, "signed codes"))), _decode_q8_0, _encode_q8_0
+    8, Layout("Q8_0", 34, 32, (_scale(), numbers("q", "i1", 2, 32, "signed codes"))), _whole, _encode_q8_0
 )
 Q8_1 = BlockFormat(
     9,
@@ -151,7 +151,7 @@ Q8_1 = BlockFormat(
             numbers("q", "i1", 4, 32, "signed codes"),
         ),
     ),
-    lambda d, s, q: _decode_q8_0(d, q),
+    lambda d, s, q: _whole(d, q),
     _encode_q8_1,
     activations_only=True,
 )

@@ -15,7 +15,7 @@ Deviations: as those of simple.py.
 
 import numpy as np
 
-from refllm.formats.blocks.base import BlockFormat
+from refllm.formats.blocks.base import BlockFormat, Terms
 from refllm.formats.blocks.scale_search import total
 from refllm.formats.blocks.simple import inverse, round_half_away
 from refllm.formats.layouts import Digits, Field, Layout, codes, numbers
@@ -31,8 +31,8 @@ def _trits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return d, (round_half_away(x * inverse(d)) + 1).astype(np.uint8)
 
 
-def _times(d: np.ndarray, t: np.ndarray) -> np.ndarray:
-    return d.astype(np.float32) * (t.astype(np.float32) - 1)
+def _centred(d: np.ndarray, t: np.ndarray) -> Terms:
+    return Terms(d.astype(np.float32), t.astype(np.float32) - 1)
 
 
 def _encode_tq1_0(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -40,8 +40,8 @@ def _encode_tq1_0(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"first": t[:, :160], "second": t[:, 160:240], "last": t[:, 240:], "d": d}
 
 
-def _decode_tq1_0(first, second, last, d) -> np.ndarray:
-    return _times(d, np.concatenate([first, second, last], axis=1))
+def _terms_tq1_0(first, second, last, d) -> Terms:
+    return _centred(d, np.concatenate([first, second, last], axis=1))
 
 
 def _encode_two_bits(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -49,8 +49,8 @@ def _encode_two_bits(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"q": q, "d": d}
 
 
-def _decode_two_bits(q, d) -> np.ndarray:
-    return _times(d, q)
+def _terms_two_bits(q, d) -> Terms:
+    return _centred(d, q)
 
 
 def _encode_q1_0(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -58,8 +58,8 @@ def _encode_q1_0(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"d": d, "q": (x >= 0).astype(np.uint8)}
 
 
-def _decode_q1_0(d, q) -> np.ndarray:
-    return np.where(q > 0, d, -d).astype(np.float32)
+def _terms_q1_0(d, q) -> Terms:
+    return Terms(d.astype(np.float32), 2 * q.astype(np.float32) - 1)
 
 
 TQ1_0 = BlockFormat(
@@ -75,7 +75,7 @@ TQ1_0 = BlockFormat(
             _scale(52),
         ),
     ),
-    _decode_tq1_0,
+    _terms_tq1_0,
     _encode_tq1_0,
 )
 TQ2_0 = BlockFormat(
@@ -86,18 +86,18 @@ TQ2_0 = BlockFormat(
         256,
         (codes("q", 256, 2, "32 * (i // 128) + i % 32", "i % 128 // 32 * 2", "codes, 1 means 0"), _scale(64)),
     ),
-    _decode_two_bits,
+    _terms_two_bits,
     _encode_two_bits,
 )
 Q1_0 = BlockFormat(
     41,
     Layout("Q1_0", 18, 128, (_scale(0), codes("q", 128, 1, "2 + i // 8", "i % 8", "1 for +, 0 for -"))),
-    _decode_q1_0,
+    _terms_q1_0,
     _encode_q1_0,
 )
 Q2_0 = BlockFormat(
     42,
     Layout("Q2_0", 18, 64, (_scale(0), codes("q", 64, 2, "2 + i // 4", "i % 4 * 2", "codes, 1 means 0"))),
-    _decode_two_bits,
+    _terms_two_bits,
     _encode_two_bits,
 )
