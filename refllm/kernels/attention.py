@@ -6,7 +6,8 @@
 
 Query head h reads key-value head h // (H / Hk): repeat-interleave order, never h % Hk. Positions are explicit, so a
 cache that evicts or reorders keys needs no other mask. Vaswani et al. 2017, "Attention Is All You Need",
-arXiv:1706.03762, Eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Lesson: lessons/01-forward-pass.md.
+arXiv:1706.03762, Eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. All of it is float64 and the result is
+rounded once to the type of q, for the reason in nn.py. Lesson: lessons/01-forward-pass.md.
 """
 
 import numpy as np
@@ -78,18 +79,18 @@ def attend(
     >>> attend(one, one, np.array([[[0.0], [4.0]]]), np.arange(2), np.arange(2), scale=1.0)[0, :, 0].tolist()
     [0.0, 2.0]
     """
-    *batch, heads, queries, dim = q.shape
+    *batch, heads, queries, _ = q.shape
     kv_heads = k.shape[-3]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
-    # Queries that share a key-value head are stacked: one matrix product per key-value head.  # (..., Hk, g*T, D)
-    stacked = q.reshape(*batch, kv_heads, heads // kv_heads * queries, dim)
-    scores = np.matmul(stacked, np.swapaxes(k, -1, -2)) * q.dtype.type(scale)  # (..., Hk, g*T, S)
-    if softcap is not None:
-        scores = q.dtype.type(softcap) * np.tanh(scores / q.dtype.type(softcap))
-    scores = scores.reshape(*batch, kv_heads, heads // kv_heads, queries, k.shape[-2])
-    if k_positions.ndim == 2:
-        k_positions = k_positions[:, None, :]  # (Hk, 1, S): every query head of the group sees the same keys
-    scores = np.where(visible(q_positions, k_positions, window), scores, -np.inf).astype(q.dtype, copy=False)
-    weights = softmax(scores).reshape(*batch, kv_heads, -1, k.shape[-2])
-    return np.matmul(weights, v).reshape(*batch, heads, queries, v.shape[-1])
+    shared = heads // kv_heads
+    out = np.empty((*batch, heads, queries, v.shape[-1]), q.dtype)
+    for j in range(kv_heads):  # one at a time, with the queries that share it: a head's scores take much memory
+        mine = slice(j * shared, (j + 1) * shared)
+        key, value = (x[..., j, None, :, :].astype(np.float64) for x in (k, v))  # (..., 1, S, D)
+        scores = scale * np.matmul(q[..., mine, :, :], np.swapaxes(key, -1, -2))  # (..., g, T, S) float64
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        seen = visible(q_positions, k_positions if k_positions.ndim == 1 else k_positions[j], window)
+        out[..., mine, :, :] = np.matmul(softmax(np.where(seen, scores, -np.inf)), value)
+    return out

@@ -5,8 +5,8 @@
 
 `compiled_for(model, cache)` gives both, or None where the readable forward pass has to do it: weights in float64 or
 without a kernel, a method's own attention or cache, a batch, REFLLM_KERNELS=numpy. Both give the same numbers up to the
-rounding of float32 sums; with int8 activations a number that lies on the border between two codes may fall on either
-side.
+rounding of float32 sums. With rounded activations these sums are taken in the same steps and all others in float64, so
+both give the same bits but where a float64 sum in another order rounds to another float32.
 """
 
 import numpy as np
@@ -165,7 +165,7 @@ class Compiled:
         self._sizes = (
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size, gelu,
         )  # fmt: skip
-        self._numbers = tuple(map(np.float32, (config.norm_eps, config.score_scale, config.attention_softcap or 0)))
+        self._numbers = tuple(map(float, (config.norm_eps, config.score_scale, config.attention_softcap or 0)))
         self._work = sum(int(np.prod(model.weights[name].shape)) for name in _linears(model))
 
     def decode(self, token: int) -> np.ndarray:
@@ -176,7 +176,7 @@ class Compiled:
         self._prepare(position, 1)
         self._embed(np.array([token]), self._x)
         arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
-        each = text.own_bytes(self._most, self._room)
+        each = text.own_bytes(self._most, self.model.config.head_dim, self._room)
         self._run(text.step_kernel(), arguments, each, (position,), 1)
         self._finish(position, 1)
         return self._logits[: self.model.config.vocab_size].copy()
@@ -201,7 +201,7 @@ class Compiled:
             layers[name] = self._layers[name]
         self._embed(ids, x)
         arguments = self._sizes, self._numbers, layers, buffers
-        each = text.own_bytes(self._most, config.head_dim)
+        each = text.own_bytes(self._most, config.head_dim, config.num_heads // config.num_kv_heads)
         self._run(text.prefill_kernel(), arguments, each, (position, tokens), tokens)
         self._finish(position, tokens)
         return x[:tokens, : config.hidden_size]

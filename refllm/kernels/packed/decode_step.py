@@ -6,6 +6,9 @@ of its own kernel: tile products (tile_kernels.py) or, for weights stored as flo
 
 The text runs on a team of threads (team.py). Every member normalises and rounds the activations for itself, since they
 are small, and takes its share of the rows of each product and of the heads.
+
+Sums, roots and exponentials are float64 and rounded once, as in the readable pass: so both get the same float32 nearly
+always, and rounded activations the same codes (kernels/nn.py).
 """
 
 from functools import cache
@@ -21,25 +24,26 @@ from refllm.kernels.packed.lanes import (
     every,
     exponential,
     fma,
-    lane_max,
     lane_sum,
-    larger,
-    load_apart,
     load_float,
     load_floats,
+    minus,
+    narrow,
+    pair_sum,
     plus,
     splat,
     store_float,
     store_floats,
-    store_four_sums,
-    store_tokens,
     times,
+    wide_every,
+    wide_zeros,
+    widen,
     word,
-    zeros,
 )
 from refllm.kernels.packed.plan import BUFFERS, HEAD, LAYER
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tiling import BLOCK, ROWS
+from refllm.kernels.packed.token_attention import MOST, attend, own_doubles
 from refllm.kernels.packed.turn_kernels import turn
 
 
@@ -65,23 +69,17 @@ def dense_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
 
 
 @register_jitable
-def _dot(a, b, count):
-    """Sum of a[i] b[i] of two arrays at addresses."""
-    total = every(0)
-    whole = count // 16 * 16
-    for i in range(0, whole, 16):
-        total = fma(load_floats(a + 4 * i), load_floats(b + 4 * i), total)
-    rest = lane_sum(total)
-    for i in range(whole, count):
-        rest += load_float(a + 4 * i) * load_float(b + 4 * i)
-    return rest
-
-
-@register_jitable
 def norm(x, count, gain, eps, out, padded):
     """out = x / sqrt(mean(x^2) + eps) * gain, and zeros from `count` to `padded`."""
-    root = np.sqrt(_dot(x, x, count) / np.float32(count) + eps)
     whole = count // 16 * 16
+    squares = wide_zeros(2)
+    for i in range(0, whole, 16):
+        some = widen(load_floats(x + 4 * i))
+        squares = fma(some, some, squares)
+    total = pair_sum(squares)
+    for i in range(whole, count):
+        total += np.float64(load_float(x + 4 * i)) * np.float64(load_float(x + 4 * i))
+    root = np.float32(np.sqrt(total / count + eps))
     divisor = splat(root)
     for i in range(0, whole, 16):
         store_floats(out + 4 * i, times(divide(load_floats(x + 4 * i), divisor), load_floats(gain + 4 * i)))
@@ -102,10 +100,25 @@ def copy(x, count, out):
 
 
 @register_jitable
+def add(x, y, count):
+    """x += y."""
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        store_floats(x + 4 * i, plus(load_floats(x + 4 * i), load_floats(y + 4 * i)))
+    for i in range(whole, count):
+        store_float(x + 4 * i, load_float(x + 4 * i) + load_float(y + 4 * i))
+
+
+@register_jitable
 def rotate(x, dim, cos, sin, out):
     """Half-split rotary embedding of one head."""
-    half = dim // 2
-    for i in range(half):
+    half, whole = dim // 2, dim // 32 * 16
+    for i in range(0, whole, 16):
+        left, right = load_floats(x + 4 * i), load_floats(x + 4 * (i + half))
+        c, s = load_floats(cos + 4 * i), load_floats(sin + 4 * i)
+        store_floats(out + 4 * i, minus(times(left, c), times(right, s)))
+        store_floats(out + 4 * (i + half), plus(times(left, s), times(right, c)))
+    for i in range(whole, half):
         a, b = load_float(x + 4 * i), load_float(x + 4 * (i + half))
         c, s = load_float(cos + 4 * i), load_float(sin + 4 * i)
         store_float(out + 4 * i, a * c - b * s)
@@ -113,113 +126,16 @@ def rotate(x, dim, cos, sin, out):
 
 
 @register_jitable
-def tanh(x):
-    """1 - 2 / (e^2x + 1)."""
-    return plus(every(1), divide(every(-2), plus(exponential(plus(x, x)), every(1))))
-
-
-@register_jitable
 def activate(gate, up, count, gelu):
-    """gate = act(gate) * up, sixteen numbers at a time."""
+    """gate = act(gate) * up, sixteen numbers at a time; both activations are x / (1 + e^-y)."""
     for i in range(0, count, 16):
-        a = load_floats(gate + 4 * i)
+        a = widen(load_floats(gate + 4 * i))
+        y = a
         if gelu:
-            cubed = times(times(times(a, a), a), splat(np.float32(0.044715)))
-            inside = times(plus(a, cubed), splat(np.float32(np.sqrt(2 / np.pi))))
-            a = times(times(a, splat(np.float32(0.5))), plus(every(1), tanh(inside)))
-        else:
-            a = divide(a, plus(every(1), exponential(times(a, every(-1)))))
-        store_floats(gate + 4 * i, times(a, load_floats(up + 4 * i)))
-
-
-@register_jitable
-def dot_keys(query, keys, count, dim, scale, scores):
-    """scores[i] = scale * (query . key i), four keys at a time."""
-    together = count // 4 * 4 if dim % 16 == 0 else 0
-    for i in range(0, together, 4):
-        total = zeros(4)
-        for c in range(0, dim, 16):
-            some = load_apart(keys + 4 * (dim * i + c), 4 * dim, 4)
-            total = fma(times(load_floats(query + 4 * c), splat(scale)), some, total)
-        store_four_sums(scores + 4 * i, total)
-    for i in range(together, count):
-        store_float(scores + 4 * i, _dot(query, keys + 4 * dim * i, dim) * scale)
-
-
-@register_jitable
-def soften(scores, count, cap):
-    """Softmax without its division, in place: e^(score - largest), soft-capped before; returns the sum.
-
-    Up to the next multiple of 16 the scores become 0.
-    """
-    padded = (count + 15) // 16 * 16
-    if cap > 0:
-        for i in range(0, padded, 16):
-            store_floats(scores + 4 * i, times(splat(cap), tanh(divide(load_floats(scores + 4 * i), splat(cap)))))
-    for i in range(count, padded):
-        store_float(scores + 4 * i, np.float32(-np.inf))
-    top = splat(np.float32(-np.inf))
-    for i in range(0, padded, 16):
-        top = larger(top, load_floats(scores + 4 * i))
-    most, total = splat(-lane_max(top)), every(0)
-    for i in range(0, padded, 16):
-        some = exponential(plus(load_floats(scores + 4 * i), most))
-        store_floats(scores + 4 * i, some)
-        total = plus(total, some)
-    return lane_sum(total)
-
-
-@register_jitable
-def add_values(shares, values, count, dim, out):
-    """out += sum over i of shares[i] * value i, 64 columns at a time: four sums that do not wait for each other."""
-    fours, whole = dim // 64 * 64, dim // 16 * 16
-    for c in range(0, fours, 64):
-        total = load_apart(out + 4 * c, 64, 4)
-        for i in range(count):
-            share = splat(load_float(shares + 4 * i))
-            total = fma(load_apart(values + 4 * (dim * i + c), 64, 4), share, total)
-        store_tokens(out + 4 * c, 64, total)
-    for c in range(fours, whole, 16):
-        one = load_floats(out + 4 * c)
-        for i in range(count):
-            one = fma(load_floats(values + 4 * (dim * i + c)), splat(load_float(shares + 4 * i)), one)
-        store_floats(out + 4 * c, one)
-    for c in range(whole, dim):
-        rest = load_float(out + 4 * c)
-        for i in range(count):
-            rest += load_float(shares + 4 * i) * load_float(values + 4 * (dim * i + c))
-        store_float(out + 4 * c, rest)
-
-
-@register_jitable
-def fill(out, count, value):
-    """out = value."""
-    whole = count // 16 * 16
-    for i in range(0, whole, 16):
-        store_floats(out + 4 * i, splat(value))
-    for i in range(whole, count):
-        store_float(out + 4 * i, value)
-
-
-@register_jitable
-def shrink(out, count, divisor):
-    """out /= divisor."""
-    whole = count // 16 * 16
-    for i in range(0, whole, 16):
-        store_floats(out + 4 * i, divide(load_floats(out + 4 * i), splat(divisor)))
-    for i in range(whole, count):
-        store_float(out + 4 * i, load_float(out + 4 * i) / divisor)
-
-
-@register_jitable
-def _attend(query, keys, values, start, end, dim, scale, cap, scores, out):
-    """softmax(scale q K^T) V of one head over the tokens start <= i < end; scores : room for end - start + 16."""
-    count, skipped = end - start, 4 * dim * start
-    dot_keys(query, keys + skipped, count, dim, scale, scores)
-    total = soften(scores, count, cap)
-    fill(out, dim, np.float32(0))
-    add_values(scores, values + skipped, count, dim, out)
-    shrink(out, dim, total)
+            cubed = times(times(times(a, a), a), splat(0.044715))
+            y = times(plus(a, cubed), splat(2 * np.sqrt(2 / np.pi)))
+        a = divide(a, plus(exponential(times(y, wide_every(-1))), wide_every(1)))
+        store_floats(gate + 4 * i, times(narrow(a), load_floats(up + 4 * i)))
 
 
 @register_jitable
@@ -238,8 +154,7 @@ def _tiles(product, source, columns, laid_out, buffers, x, y, first, last):
 @register_jitable
 def add_rows(y, other, first, last):
     """y += other, some tiles of rows."""
-    for i in range(first * ROWS, last * ROWS, 16):
-        store_floats(y + 4 * i, plus(load_floats(y + 4 * i), load_floats(other + 4 * i)))
+    add(y + 4 * ROWS * first, other + 4 * ROWS * first, (last - first) * ROWS)
 
 
 @register_jitable
@@ -295,8 +210,7 @@ def _add_branch(x, branch, hidden, gain, eps, mine, tiles, meeting, thread, thre
         barrier(meeting, threads)
         norm(branch, hidden, gain, eps, mine, 0)
         branch = mine
-    for i in range(first * ROWS, min(last * ROWS, hidden)):
-        store_float(x + 4 * i, load_float(x + 4 * i) + load_float(branch + 4 * i))
+    add(x + 4 * ROWS * first, branch + 4 * ROWS * first, max(0, min(last * ROWS, hidden) - first * ROWS))
     barrier(meeting, threads)
 
 
@@ -304,7 +218,7 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
     """Logits of one token whose vector stands in buffers.x; its keys and values are appended to the cache.
 
     sizes : (hidden, heads, kv heads, head dim, intermediate, activation: 0 silu, 1 gelu_tanh)
-    numbers : (eps, attention scale, attention softcap or 0) float32
+    numbers : (eps, attention scale, attention softcap or 0) float64
     layers : (layers,) LAYER. heads_and_buffers : (1,) HEAD and (1,) BUFFERS. own : address of `own_bytes` a member.
     """
     hidden, heads, kv_heads, dim, wide, gelu = sizes
@@ -317,7 +231,7 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
     most = (max(hidden, wide, heads * dim) + BLOCK - 1) // BLOCK * BLOCK
     normed = own + thread * own_bytes
     laid = normed + 4 * most
-    scores = laid + 4 * most + most
+    scratch = laid + 5 * most
     per_group = heads // kv_heads
     first_head, last_head = share(heads, thread, threads)
     first_kv, last_kv = share(kv_heads, thread, threads)
@@ -337,13 +251,18 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
             copy(value, dim, layer.values + at)
         barrier(meeting, threads)
         start = max(0, position + 1 - layer.window) if layer.window else 0
-        for h in range(first_head, last_head):
-            query, of = buffers.q + 4 * dim * h, h // per_group * head_bytes
-            if layer.q_norm:
-                norm(query, dim, layer.q_norm, eps, query, 0)
-            rotate(query, dim, layer.cos, layer.sin, normed)
-            keys, values = layer.keys + of, layer.values + of
-            _attend(normed, keys, values, start, position + 1, dim, scale, cap, scores, mixed + 4 * dim * h)
+        h = first_head
+        while h < last_head:  # this member's heads, those that share keys and values together
+            together = min(per_group - h % per_group, last_head - h, MOST)
+            for i in range(together):
+                query = buffers.q + 4 * dim * (h + i)
+                if layer.q_norm:
+                    norm(query, dim, layer.q_norm, eps, query, 0)
+                rotate(query, dim, layer.cos, layer.sin, normed + 4 * dim * i)
+            of = h // per_group * head_bytes + 4 * dim * start
+            count, out = position + 1 - start, mixed + 4 * dim * h
+            attend(together, normed, layer.keys + of, layer.values + of, count, dim, scale, cap, scratch, out)
+            h += together
         barrier(meeting, threads)
         inputs = _turned(layer.o, mixed, heads * dim, normed, laid)
         _product(layer.o, inputs, heads * dim, -1, buffers, laid, branch, thread, threads)
@@ -362,12 +281,12 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
     _product(head.linear, normed, hidden, -1, buffers, laid, buffers.logits, thread, threads)
 
 
-def own_bytes(most: int, room: int) -> int:
+def own_bytes(most: int, dim: int, room: int) -> int:
     """Bytes that each member needs: `most` columns at once (a multiple of 32), `room` tokens in the cache.
 
-    A normed vector, one laid out (numbers, scales, sums: 4 + 1 / 2 bytes a column), scores.
+    A normed vector, one laid out (numbers, scales, sums: 4 + 1 / 2 bytes a column), and what attention needs.
     """
-    return 9 * most + 4 * (room + 32)
+    return 9 * most + 8 * own_doubles(MOST, dim, room)
 
 
 @cache
@@ -377,7 +296,7 @@ def step_kernel():
         types.intp,
         types.intp,
         types.UniTuple(types.intp, 6),
-        types.UniTuple(types.float32, 3),
+        types.UniTuple(types.float64, 3),
         records(LAYER),
         types.Tuple((records(HEAD), records(BUFFERS))),
         types.intp,

@@ -6,8 +6,8 @@
 
 Sixteen tokens of a key channel have one scale and minimum, so they are unpacked with one multiply-add, into a table of
 sixteen tokens by all channels that stays in the first-level cache; every query head that shares these keys then reads
-it, a token to a lane. Values are unpacked sixteen channels at a time and added to the outputs of the same heads. The
-NumPy text is attend over the dequantised arrays.
+it, a token to a lane. Values are unpacked sixteen channels at a time and added to the sums of the same heads. Softmax
+and sums are float64. The NumPy text is attend over the dequantised arrays.
 """
 
 from functools import cache
@@ -17,19 +17,25 @@ from numba import types
 from numba.extending import register_jitable
 
 from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.decode_step import add_values, dot_keys, fill, records, shrink, soften
+from refllm.kernels.packed.decode_step import records
 from refllm.kernels.packed.lanes import (
+    double_grid,
     every,
     fma,
     load_codes,
+    load_double,
     load_float,
     load_floats,
     load_half,
     plus,
     splat,
+    store_double,
     store_float,
     store_floats,
+    store_grid,
+    widen,
 )
+from refllm.kernels.packed.token_attention import clear, finish, scale_up, soften, words
 
 SOME = 16  # tokens, or channels, at a time
 _SIDE = ("codes", "scale", "low", "rest", "codes_head", "scale_head", "rest_head")
@@ -43,10 +49,11 @@ CACHE = np.dtype(
 
 def _text(bits: int, group: int):
     """Attention of one token for one width of codes and size of groups."""
+    dot_keys, add_values = words(1)
 
     @register_jitable
     def packed_scores(queries, heads, dim, codes, scale, low, residual, blocks, factor, own, scores, room):
-        """Scores of blocks * residual tokens for `heads` queries that share these keys."""
+        """Scores (float64) of blocks * residual tokens for `heads` queries that share these keys."""
         per_block, code_bytes = residual // group, residual * bits // 8
         steps, lows, turned = own, own + 4 * dim, own + 8 * dim
         for group_number in range(blocks * per_block):
@@ -67,54 +74,57 @@ def _text(bits: int, group: int):
                     for d in range(0, dim, 2):
                         even = fma(load_floats(turned + 64 * d), splat(load_float(query + 4 * d)), even)
                         odd = fma(load_floats(turned + 64 * d + 64), splat(load_float(query + 4 * d + 4)), odd)
-                    store_floats(scores + 4 * (h * room + group_number * group + t), plus(even, odd))
+                    store_grid(scores + 8 * (h * room + group_number * group + t), 0, widen(plus(even, odd)), 1)
 
     @register_jitable
-    def packed_values(shares, room, heads, dim, codes, scale, low, tokens, out):
-        """out += sum over tokens of share * value, for `heads` queries that share these values."""
+    def packed_values(shares, room, heads, dim, codes, scale, low, tokens, sums):
+        """sums += sum over tokens of share * value (float64), for `heads` queries that share these values."""
         groups, code_bytes = dim // group, dim * bits // 8
         for t in range(tokens):
             for g in range(groups):
                 step = splat(load_half(scale + 2 * (t * groups + g)))
                 lowest = splat(load_half(low + 2 * (t * groups + g)))
                 for c in range(g * group, (g + 1) * group, SOME):
-                    value = fma(load_codes(codes + t * code_bytes + c * bits // 8, bits), step, lowest)
+                    value = widen(fma(load_codes(codes + t * code_bytes + c * bits // 8, bits), step, lowest))
                     for h in range(heads):
-                        share = splat(load_float(shares + 4 * (h * room + t)))
-                        at = out + 4 * (h * dim + c)
-                        store_floats(at, fma(value, share, load_floats(at)))
+                        share = splat(load_double(shares + 8 * (h * room + t)))
+                        at = sums + 8 * (h * dim + c)
+                        store_grid(at, 0, fma(value, share, double_grid(at, 0, 1, 2)), 1)
 
     def kv_attention(cache, queries, factor, cap, own, scores, room, out):
         kv = cache[0]
         dim, shared, start = kv.dim, kv.heads // kv.kv_heads, kv.start
         packed = kv.k_blocks * kv.residual
         tokens = packed + kv.k_tail
+        sums = own + 72 * dim
+        wide, totals = sums + 8 * shared * dim, sums + 8 * (shared + 1) * dim
         for j in range(kv.kv_heads):
             some, to = queries + 4 * dim * shared * j, out + 4 * dim * shared * j
             codes, low = kv.k_codes + j * kv.k_codes_head, j * kv.k_scale_head
             packed_scores(
-                some, shared, dim, codes, kv.k_scale + low, kv.k_low + low, kv.residual, kv.k_blocks, factor, own,
-                scores, room,
+                some, shared, dim, codes, kv.k_scale + low, kv.k_low + low, kv.residual, kv.k_blocks,
+                np.float32(factor), own, scores, room,
             )  # fmt: skip
-            fill(to, shared * dim, np.float32(0))
+            clear(sums, shared * dim)
             for h in range(shared):
-                mine = scores + 4 * h * room
-                dot_keys(some + 4 * dim * h, kv.k_rest + j * kv.k_rest_head, kv.k_tail, dim, factor, mine + 4 * packed)
-                total = soften(mine + 4 * start, tokens - start, cap)
-                fill(mine, start, np.float32(0))
-                shrink(mine, tokens, total)
+                mine = scores + 8 * h * room
+                scale_up(some + 4 * dim * h, dim, factor, wide)
+                dot_keys(wide, kv.k_rest + j * kv.k_rest_head, kv.k_tail, dim, mine + 8 * packed, room)
+                store_double(totals + 8 * h, soften(mine + 8 * start, tokens - start, cap))
+                clear(mine, start)
             codes, low = kv.v_codes + j * kv.v_codes_head, j * kv.v_scale_head
-            packed_values(scores, room, shared, dim, codes, kv.v_scale + low, kv.v_low + low, kv.v_tokens, to)
+            packed_values(scores, room, shared, dim, codes, kv.v_scale + low, kv.v_low + low, kv.v_tokens, sums)
             for h in range(shared):
-                mine = scores + 4 * (h * room + kv.v_tokens)
-                add_values(mine, kv.v_rest + j * kv.v_rest_head, kv.v_tail, dim, to + 4 * dim * h)
+                mine, of = scores + 8 * (h * room + kv.v_tokens), sums + 8 * dim * h
+                add_values(mine, room, kv.v_rest + j * kv.v_rest_head, kv.v_tail, dim, of)
+                finish(of, dim, load_double(totals + 8 * h), to + 4 * dim * h)
 
     return kv_attention
 
 
 @cache
 def _kernel(bits: int, group: int):
-    arguments = [records(CACHE), types.intp, types.float32, types.float32, *[types.intp] * 4]
+    arguments = [records(CACHE), types.intp, types.float64, types.float64, *[types.intp] * 4]
     return compile_kernel(_text(bits, group), types.void(*arguments), f"_{bits}_{group}")
 
 
@@ -168,8 +178,10 @@ def attend_packed(
     cache["residual"], cache["start"] = residual, start
     tokens = int(cache["k_blocks"][0] * residual + cache["k_tail"][0])
     room = tokens + 32  # the softmax works on whole vectors
-    own, scores = np.empty(18 * dim, np.float32), np.empty(heads // len(keys[3]) * room, np.float32)
+    shared = heads // len(keys[3])
+    # Unpacked keys with their scales and minima (18 dim float32), sums of all heads that share them, a query, totals.
+    own, scores = np.empty((9 + shared + 1) * dim + shared), np.empty(shared * room)
     q, out = np.ascontiguousarray(q), np.empty((heads, dim), np.float32)
     pointers = own.ctypes.data, scores.ctypes.data, room, out.ctypes.data
-    _kernel(bits, group)(cache, q.ctypes.data, np.float32(scale), np.float32(softcap or 0), *pointers)
+    _kernel(bits, group)(cache, q.ctypes.data, float(scale), float(softcap or 0), *pointers)
     return out

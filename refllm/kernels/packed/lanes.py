@@ -5,24 +5,26 @@ A *tile* is sixteen rows. Its codes lie so that one 64-byte vector holds four co
 activations are four bytes, or one float, repeated in every lane.
 
 Kernels work on several tokens at once; a value of type Several(vector, n) is n vectors, one a token. Numba sees a
-struct, LLVM registers. Addresses are plain integers (intp): what stands there is checked in Python, before any kernel
+struct, LLVM registers. Sums that must not depend on their order are taken in float64: sixteen floats widened are
+Several(Doubles, 2). Addresses are plain integers (intp): what stands there is checked in Python, before any kernel
 runs, by those who fill in the weight's table of addresses (tiling.Tiles.table).
 """
 
 import math
 from functools import cache
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 from refllm.kernels.packed.simd import (
     F32,
+    F64,
     I8,
     I16,
     I32,
     LANES,
+    Doubles,
     Floats,
     Ints,
     constant,
@@ -115,7 +117,10 @@ def _loader(result: types.Type, stored: ir.Type, widen=None):
     return load_vector
 
 
+WIDE = LANES // 2  # doubles in a vector
+_HALF_FLOATS = ir.VectorType(F32, WIDE)
 load_floats = _loader(Floats, Floats.llvm)
+load_doubles = _loader(Doubles, Doubles.llvm)
 load_halves = _loader(Floats, ir.VectorType(I16, LANES), emit_half_to_float)
 load_signed = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.sitofp(v, Floats.llvm))
 load_unsigned = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(v, Floats.llvm))
@@ -123,6 +128,90 @@ load_ue4m3 = _loader(
     Floats, ir.VectorType(I8, LANES), lambda b, v: emit_small_float(b, b.zext(v, Ints.llvm), 0, SMALL["UE4M3"])
 )
 splat_at = _loader(Floats, F32, lambda b, v: emit_splat(b, v))
+
+
+def _grid_loader(stored: ir.Type, widen=None):
+    """A word that reads n rows, `stride` bytes apart, of m consecutive vectors of doubles each."""
+
+    @intrinsic(prefer_literal=True)
+    def load_grid(typing, address, stride, n, m):
+        kind, width = several(Doubles, n.literal_value * m.literal_value), stored.count * (4 if widen else 8)
+
+        def generate(context, b, sig, args):
+            values = []
+            for i in range(n.literal_value):
+                row = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i)))
+                values += [emit_load(b, row, width * j, stored) for j in range(m.literal_value)]
+            return emit_join(b, kind, values if widen is None else [widen(b, value) for value in values])
+
+        return kind(types.intp, types.intp, n, m), generate
+
+    return load_grid
+
+
+double_grid = _grid_loader(Doubles.llvm)
+float_grid = _grid_loader(_HALF_FLOATS, lambda b, v: b.fpext(v, Doubles.llvm))  # of floats, widened
+
+
+@intrinsic(prefer_literal=True)
+def store_grid(typing, address, stride, values, n):
+    """Write n rows, `stride` bytes apart, of doubles: as many consecutive vectors each as there are."""
+
+    def generate(context, b, sig, args):
+        m = values.n // n.literal_value
+        for i, value in enumerate(_split(b, values, args[2], values.n)):
+            place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i // m)))
+            place = b.add(place, ir.Constant(place.type, 64 * (i % m)))
+            b.store(value, b.inttoptr(place, Doubles.llvm.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, values, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def repeated(typing, values, n):
+    """Each of some vectors n times, then the next."""
+    kind = several(values.vector, values.n * n.literal_value)
+
+    def generate(context, b, sig, args):
+        parts = _split(b, values, args[0], values.n)
+        return emit_join(b, kind, [part for part in parts for _ in range(n.literal_value)])
+
+    return kind(values, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def over_again(typing, values, n):
+    """Some vectors one after another, n times over."""
+    kind = several(values.vector, values.n * n.literal_value)
+
+    def generate(context, b, sig, args):
+        return emit_join(b, kind, _split(b, values, args[0], values.n) * n.literal_value)
+
+    return kind(values, n), generate
+
+
+@intrinsic
+def widen(typing, x):
+    """Sixteen floats as two vectors of doubles."""
+    kind = several(Doubles, 2)
+
+    def generate(context, b, sig, args):
+        halves = [shuffle(b, args[0], list(range(i, i + WIDE))) for i in (0, WIDE)]
+        return emit_join(b, kind, [b.fpext(half, Doubles.llvm) for half in halves])
+
+    return kind(Floats), generate
+
+
+@intrinsic
+def narrow(typing, x):
+    """Two vectors of doubles, each number rounded to float32."""
+
+    def generate(context, b, sig, args):
+        low, high = (b.fptrunc(half, _HALF_FLOATS) for half in _split(b, sig.args[0], args[0], 2))
+        return b.shuffle_vector(low, high, ir.Constant(Ints.llvm, list(range(LANES))))
+
+    return Floats(several(Doubles, 2)), generate
 
 
 @intrinsic
@@ -149,6 +238,12 @@ def load_powers(typing, address):
 def load_float(typing, address):
     """One float."""
     return types.float32(types.intp), lambda context, b, sig, args: emit_load(b, args[0], 0, F32)
+
+
+@intrinsic
+def load_double(typing, address):
+    """One double."""
+    return types.float64(types.intp), lambda context, b, sig, args: emit_load(b, args[0], 0, F64)
 
 
 @intrinsic
@@ -181,48 +276,47 @@ def splats(typing, address, n):
 
 @intrinsic(prefer_literal=True)
 def splats_apart(typing, address, stride, n):
-    """n floats, `stride` bytes apart, each in every lane of its own vector."""
-    kind = several(Floats, n.literal_value)
+    """n doubles, `stride` bytes apart, each in every lane of its own vector."""
+    kind = several(Doubles, n.literal_value)
 
     def generate(context, b, sig, args):
         at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
-        return emit_join(b, kind, [emit_splat(b, emit_load(b, one, 0, F32)) for one in at])
+        return emit_join(b, kind, [emit_splat(b, emit_load(b, one, 0, F64), WIDE) for one in at])
 
     return kind(types.intp, types.intp, n), generate
 
 
-@intrinsic(prefer_literal=True)
-def load_apart(typing, address, stride, n):
-    """n vectors of floats, `stride` bytes apart."""
-    kind = several(Floats, n.literal_value)
+def _zeros(vector: types.Type):
+    @intrinsic(prefer_literal=True)
+    def no_numbers(typing, n):
+        """n vectors of 0.0."""
+        kind = several(vector, n.literal_value)
+        return kind(n), lambda context, b, sig, args: ir.Constant(kind.llvm, [constant(vector.llvm, 0.0)] * kind.n)
 
-    def generate(context, b, sig, args):
-        at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
-        return emit_join(b, kind, [emit_load(b, one, 0, Floats.llvm) for one in at])
-
-    return kind(types.intp, types.intp, n), generate
+    return no_numbers
 
 
-@intrinsic(prefer_literal=True)
-def zeros(typing, n):
-    """n vectors of 0.0."""
-    kind = several(Floats, n.literal_value)
-    return kind(n), lambda context, b, sig, args: ir.Constant(kind.llvm, [constant(Floats.llvm, 0.0)] * kind.n)
+def _every(vector: types.Type):
+    @intrinsic(prefer_literal=True)
+    def one_number(typing, value):
+        """One compile-time number in every lane."""
+        number = float(value.literal_value)
+        return vector(value), lambda context, b, sig, args: constant(vector.llvm, number)
+
+    return one_number
 
 
-@intrinsic(prefer_literal=True)
-def every(typing, value):
-    """One compile-time number in every lane."""
-    number = float(value.literal_value)
-    return Floats(value), lambda context, b, sig, args: constant(Floats.llvm, number)
+zeros, wide_zeros = _zeros(Floats), _zeros(Doubles)
+every, wide_every = _every(Floats), _every(Doubles)
 
 
 def _elementwise(operation):
-    """A word on floats: each argument is a vector, or Several of one count; so is the result."""
+    """A word on floats or doubles: each argument is a vector, or Several of one count; so is the result."""
 
     def typer(kinds):
+        vector = getattr(kinds[0], "vector", kinds[0])
         counts = {kind.n for kind in kinds if isinstance(kind, Several)}
-        return Floats if not counts else several(Floats, counts.pop())
+        return several(vector, counts.pop()) if counts else vector
 
     def generate(context, b, sig, args):
         kind = sig.return_type
@@ -236,39 +330,54 @@ def _elementwise(operation):
 
 def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, addend: ir.Value) -> ir.Value:
     """x * y + addend, rounded once."""
-    kind = x.type
-    name = f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
-    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name), [x, y, addend])
+    return _call(b, "fma", x, y, addend)
 
 
-_typer_2, _times = _elementwise(lambda b, x, y: b.fmul(x, y))
+def _call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """LLVM's own function of this name for numbers of one type."""
+    kind = args[0].type
+    element = getattr(kind, "element", kind)
+    count = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
+    name = f"llvm.{name}.{count}{'f64' if element == F64 else 'f32'}"
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * len(args)), name), args)
+
+
+_typer, _times = _elementwise(lambda b, x, y: b.fmul(x, y))
 _, _plus = _elementwise(lambda b, x, y: b.fadd(x, y))
+_, _minus = _elementwise(lambda b, x, y: b.fsub(x, y))
 _, _fma = _elementwise(emit_fma)
 _, _minus_product = _elementwise(lambda b, x, y, z: emit_fma(b, b.fneg(y), z, x))
+_, _divide = _elementwise(lambda b, x, y: b.fdiv(x, y))
 
 
 @intrinsic
 def times(typing, x, y):
     """x * y."""
-    return _typer_2((x, y))(x, y), _times
+    return _typer((x, y))(x, y), _times
 
 
 @intrinsic
 def plus(typing, x, y):
     """x + y."""
-    return _typer_2((x, y))(x, y), _plus
+    return _typer((x, y))(x, y), _plus
+
+
+@intrinsic
+def minus(typing, x, y):
+    """x - y."""
+    return _typer((x, y))(x, y), _minus
 
 
 @intrinsic
 def fma(typing, x, y, addend):
     """x * y + addend, rounded once."""
-    return _typer_2((x, y, addend))(x, y, addend), _fma
+    return _typer((x, y, addend))(x, y, addend), _fma
 
 
 @intrinsic
 def minus_product(typing, x, y, z):
     """x - y * z, rounded once: exact where all are integers below 2^24."""
-    return _typer_2((x, y, z))(x, y, z), _minus_product
+    return _typer((x, y, z))(x, y, z), _minus_product
 
 
 @intrinsic
@@ -284,37 +393,29 @@ def store_tokens(typing, address, stride, values):
     return types.void(types.intp, types.intp, values), generate
 
 
-def _wide(name: str) -> str:
-    return f"llvm.{name}.v{LANES}f32"
-
-
-def _call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    kind = args[0].type
-    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * len(args)), name), args)
-
-
 @intrinsic
 def splat(typing, x):
-    """A float32 in every lane."""
-    return Floats(types.float32), lambda context, b, sig, args: emit_splat(b, args[0])
+    """A float32, or a float64, in every lane."""
+    vector = Floats if x == types.float32 else Doubles
+    return vector(x), lambda context, b, sig, args: emit_splat(b, args[0], vector.llvm.count)
 
 
 @intrinsic
 def divide(typing, x, y):
     """x / y."""
-    return Floats(Floats, Floats), lambda context, b, sig, args: b.fdiv(*args)
+    return _typer((x, y))(x, y), _divide
 
 
 @intrinsic
 def magnitude(typing, x):
     """|x|."""
-    return Floats(Floats), lambda context, b, sig, args: _call(b, _wide("fabs"), args[0])
+    return Floats(Floats), lambda context, b, sig, args: _call(b, "fabs", args[0])
 
 
 @intrinsic
 def larger(typing, x, y):
     """The larger of two numbers; of NaN and a number the number."""
-    return Floats(Floats, Floats), lambda context, b, sig, args: _call(b, _wide("maxnum"), *args)
+    return x(x, x), lambda context, b, sig, args: _call(b, "maxnum", *args)
 
 
 def emit_sum(b: ir.IRBuilder, value: ir.Value, join) -> ir.Value:
@@ -326,34 +427,54 @@ def emit_sum(b: ir.IRBuilder, value: ir.Value, join) -> ir.Value:
     return b.extract_element(value, I32(0))
 
 
+def _number(vector: types.Type) -> types.Type:
+    """The type of one lane."""
+    return types.float64 if vector == Doubles else types.float32
+
+
 @intrinsic
 def lane_sum(typing, x):
     """The sum of all lanes, halves first."""
-    return types.float32(Floats), lambda context, b, sig, args: emit_sum(b, args[0], b.fadd)
+    return _number(x)(x), lambda context, b, sig, args: emit_sum(b, args[0], b.fadd)
 
 
 @intrinsic
-def store_four_sums(typing, address, values):
-    """The lane sums of four vectors, in the order of lane_sum, as four floats to an address."""
+def pair_sum(typing, x):
+    """The sum of all lanes of two vectors: of both, then halves first."""
 
     def generate(context, b, sig, args):
-        def added(x, y, width, lanes):
-            """Every `width` lanes of x, then of y: their first half plus their second, `lanes` in all."""
-            first = [i for i in range(lanes) if i % width < width // 2]
+        return emit_sum(b, b.fadd(*_split(b, x, args[0], 2)), b.fadd)
+
+    return _number(x.vector)(x), generate
+
+
+@intrinsic(prefer_literal=True)
+def store_sums(typing, address, stride, values, n):
+    """The lane sums of vectors of doubles, in the order of lane_sum: n rows of them, `stride` bytes apart.
+
+    A row has a power of two of them; they are added together, half of what is left of each in one vector.
+    """
+
+    def generate(context, b, sig, args):
+        def joined(x, y, width):
+            """Every `width` lanes of x, then of y: their first half plus their second."""
+            first = [i for i in range(x.type.count) if i % width < width // 2]
             first += [i + x.type.count for i in first] if y is not x else []
             second = [i + width // 2 for i in first]
             take = lambda order: b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
             return b.fadd(take(first), take(second))
 
-        one, two, three, four = _split(b, sig.args[1], args[1], 4)
-        left, right = added(one, two, 16, 16), added(three, four, 16, 16)  # [8 of one, 8 of two], ...
-        fours = added(left, right, 8, 16)
-        pairs = added(fours, fours, 4, 16)
-        sums = added(pairs, pairs, 2, 8)
-        b.store(sums, b.inttoptr(args[0], sums.type.as_pointer()), align=4)
+        parts = _split(b, values, args[2], values.n)
+        for i in range(n.literal_value):
+            row, width = parts[i * values.n // n.literal_value : (i + 1) * values.n // n.literal_value], WIDE
+            while width > 1:
+                pairs = list(zip(row[::2], row[1::2], strict=True)) if len(row) > 1 else [(row[0], row[0])]
+                row, width = [joined(x, y, width) for x, y in pairs], width // 2
+            place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i)))
+            b.store(row[0], b.inttoptr(place, row[0].type.as_pointer()), align=8)
         return context.get_dummy_value()
 
-    return types.void(types.intp, values), generate
+    return types.void(types.intp, types.intp, values, n), generate
 
 
 @intrinsic
@@ -361,9 +482,9 @@ def lane_max(typing, x):
     """The largest lane."""
 
     def generate(context, b, sig, args):
-        return emit_sum(b, args[0], lambda x, y: _call(b, f"llvm.maxnum.v{x.type.count}f32", x, y))
+        return emit_sum(b, args[0], lambda x, y: _call(b, "maxnum", x, y))
 
-    return types.float32(Floats), generate
+    return _number(x)(x), generate
 
 
 @intrinsic
@@ -378,14 +499,31 @@ def store_floats(typing, address, values):
 
 
 @intrinsic
-def store_float(typing, address, value):
-    """One float to an address."""
+def store_doubles(typing, address, values):
+    """Eight doubles to an address."""
 
     def generate(context, b, sig, args):
-        b.store(args[1], b.inttoptr(args[0], F32.as_pointer()), align=4)
+        b.store(args[1], b.inttoptr(args[0], Doubles.llvm.as_pointer()), align=8)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.float32), generate
+    return types.void(types.intp, Doubles), generate
+
+
+def _number_store(number: types.Type, element: ir.Type):
+    @intrinsic
+    def store_number(typing, address, value):
+        """One number to an address."""
+
+        def generate(context, b, sig, args):
+            b.store(args[1], b.inttoptr(args[0], element.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, number), generate
+
+    return store_number
+
+
+store_float, store_double = _number_store(types.float32, F32), _number_store(types.float64, F64)
 
 
 @intrinsic
@@ -407,8 +545,8 @@ def store_codes(typing, address, x, most):
         bytes_ = ir.VectorType(I8, LANES)
         number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
         # Beyond only where the scale was rounded to one of the smallest numbers there are.
-        number = _call(b, _wide("minnum"), number, emit_splat(b, args[2]))
-        number = _call(b, _wide("maxnum"), number, emit_splat(b, b.fneg(args[2])))
+        number = _call(b, "minnum", number, emit_splat(b, args[2]))
+        number = _call(b, "maxnum", number, emit_splat(b, b.fneg(args[2])))
         codes = b.fptosi(number, bytes_)
         b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
         return b.sitofp(codes, Floats.llvm)
@@ -419,42 +557,48 @@ def store_codes(typing, address, x, most):
 @intrinsic
 def nearest(typing, x):
     """Rounded to the nearest whole number, ties to even."""
-    return Floats(Floats), lambda context, b, sig, args: _call(b, _wide("rint"), args[0])
+    return Floats(Floats), lambda context, b, sig, args: _call(b, "rint", args[0])
+
+
+def _emit_exponential(b: ir.IRBuilder, argument: ir.Value) -> ir.Value:
+    """e^x of doubles: 2^n e^r with r = x - n ln 2, and e^r by its series up to r^12 (the next term is below 2e-16)."""
+    number = lambda value: constant(Doubles.llvm, float(value))
+    whole = ir.VectorType(I64, WIDE)
+    x = _call(b, "minnum", _call(b, "maxnum", argument, number(-708)), number(709))
+    # Added to 1.5 * 2^52 a number is rounded to a whole one, which the last bits of the sum are.
+    shifted = emit_fma(b, x, number(1 / math.log(2)), number(1.5 * 2**52))
+    n = b.fsub(shifted, number(1.5 * 2**52))
+    r = emit_fma(b, n, number(-_LN2_REST), emit_fma(b, n, number(-math.log(2)), x))
+    power = number(1 / math.factorial(12))
+    for k in range(11, -1, -1):
+        power = emit_fma(b, power, r, number(1 / math.factorial(k)))
+    exponent = b.add(b.shl(b.bitcast(shifted, whole), constant(whole, 52)), constant(whole, 1023 << 52))
+    value = b.fmul(power, b.bitcast(exponent, Doubles.llvm))
+    value = b.select(b.fcmp_ordered("<", argument, number(-708)), number(0), value)
+    return b.select(b.fcmp_unordered("uno", argument, argument), argument, value)
+
+
+_LN2_REST = 2.3190468138462996e-17  # what float64 leaves of ln 2
+_, _exponential = _elementwise(_emit_exponential)
 
 
 @intrinsic
 def exponential(typing, x):
-    """e^x: 2^n e^r with r = x - n ln 2, and e^r by its series up to r^7 (the next term is below 6e-9).
-
-    Below -87, where float32 has no normal numbers left, 0; above 88 as at 88; NaN stays NaN.
-    """
-
-    def generate(context, b, sig, args):
-        number = lambda value: constant(Floats.llvm, float(np.float32(value)))
-        x = _call(b, _wide("minnum"), _call(b, _wide("maxnum"), args[0], number(-88)), number(88))
-        n = _call(b, _wide("rint"), b.fmul(x, number(1 / math.log(2))))
-        high = np.float32(0.693359375)  # ln 2 in two parts: the first has few bits, so that n times it is exact
-        r = emit_fma(b, n, number(-(math.log(2) - float(high))), emit_fma(b, n, number(-high), x))
-        power = number(1 / math.factorial(7))
-        for k in range(6, -1, -1):
-            power = emit_fma(b, power, r, number(1 / math.factorial(k)))
-        exponent = b.shl(b.add(b.fptosi(n, Ints.llvm), constant(Ints.llvm, 127)), constant(Ints.llvm, 23))
-        value = b.fmul(power, b.bitcast(exponent, Floats.llvm))
-        value = b.select(b.fcmp_ordered("<", args[0], number(-87)), number(0), value)
-        return b.select(b.fcmp_unordered("uno", args[0], args[0]), args[0], value)
-
-    return Floats(Floats), generate
+    """e^x of doubles. Below -708, where float64 has no normal numbers left, 0; above 709 as at 709; NaN stays NaN."""
+    return x(x), _exponential
 
 
 @intrinsic
 def numbered(typing, first):
-    """first, first + 1 ... first + 15 as floats."""
+    """first, first + 1 ... first + 7 as doubles."""
 
     def generate(context, b, sig, args):
-        lanes = b.add(emit_splat(b, b.trunc(args[0], I32)), ir.Constant(Ints.llvm, list(range(LANES))))
-        return b.sitofp(lanes, Floats.llvm)
+        lanes = b.add(
+            emit_splat(b, b.trunc(args[0], I32), WIDE), ir.Constant(ir.VectorType(I32, WIDE), list(range(WIDE)))
+        )
+        return b.sitofp(lanes, Doubles.llvm)
 
-    return Floats(types.intp), generate
+    return Doubles(types.intp), generate
 
 
 @intrinsic
@@ -464,4 +608,4 @@ def where_below(typing, x, limit, yes, no):
     def generate(context, b, sig, args):
         return b.select(b.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
 
-    return Floats(Floats, Floats, Floats, Floats), generate
+    return x(x, x, x, x), generate

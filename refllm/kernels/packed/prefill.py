@@ -4,7 +4,8 @@ The text is decode_step's for many tokens. Tokens are divided among the members 
 token (norms, laying activations out, the rotation), rows of weights in the products, heads and queries in attention.
 
 Attention goes over keys in blocks with a running softmax (FlashAttention's recurrence: methods/attention/flash.py
-explains it), sixteen queries at a time, one to a lane.
+explains it), in float64 as in token_attention.py: eight queries at a time, one to a lane, and for all heads that share
+the keys, so that each block is widened once.
 """
 
 from functools import cache
@@ -14,124 +15,164 @@ from numba import types
 from numba.extending import register_jitable
 
 from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.decode_step import activate, add_rows, clear_tail, copy, norm, records, rotate, tanh
+from refllm.kernels.packed.decode_step import activate, add, add_rows, clear_tail, copy, norm, records, rotate
 from refllm.kernels.packed.lanes import (
+    WIDE,
     divide,
-    every,
+    double_grid,
     exponential,
     fma,
     larger,
-    load_apart,
+    load_double,
+    load_doubles,
     load_float,
-    load_floats,
+    minus,
     numbered,
     plus,
     splat,
-    splats,
     splats_apart,
+    store_double,
+    store_doubles,
     store_float,
-    store_floats,
-    store_tokens,
+    store_grid,
     times,
     where_below,
-    zeros,
+    wide_every,
+    wide_zeros,
 )
 from refllm.kernels.packed.plan import BUFFERS, LAYER
+from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tile_kernels import TOKENS
 from refllm.kernels.packed.tiling import BLOCK, ROWS
+from refllm.kernels.packed.token_attention import scale_up, tanh
 from refllm.kernels.packed.turn_kernels import turn
 
-LANES = 16  # queries at a time
-SOME = 8  # keys, or columns of values, at a time
-KEY_BLOCK = 64
+SOME = 8 if "+avx512f" in target_features() else 4  # keys, or columns of values, at a time
+KEY_BLOCK = 32
 NOTHING, OTHERS = -1, -2  # instead of a kind: nothing stands laid out, or the activations of another product
 
 
 @register_jitable
-def _scores(query, keys, count, dim, scale, cap, out):
-    """out[j] = scale * (key j . each of sixteen queries), capped; query : (dim, 16), out : (count, 16)."""
+def _scores(query, keys, count, dim, cap, out):
+    """out[j] = key j . each of eight queries, capped; float64: query (dim, 8), keys (count, dim), out (count, 8)."""
     whole = count // SOME * SOME
     for j in range(0, whole, SOME):
-        total = zeros(SOME)
+        total = wide_zeros(SOME)
         for c in range(dim):
-            total = fma(load_floats(query + 64 * c), splats_apart(keys + 4 * (dim * j + c), 4 * dim, SOME), total)
-        store_tokens(out + 64 * j, 64, times(total, splat(scale)))
+            some = splats_apart(keys + 8 * (dim * j + c), 8 * dim, SOME)
+            total = fma(load_doubles(query + 64 * c), some, total)
+        store_grid(out + 64 * j, 64, total, SOME)
     for j in range(whole, count):
-        one = every(0)
+        one = wide_every(0)
         for c in range(dim):
-            one = fma(load_floats(query + 64 * c), splat(load_float(keys + 4 * (dim * j + c))), one)
-        store_floats(out + 64 * j, times(one, splat(scale)))
+            one = fma(load_doubles(query + 64 * c), splat(load_double(keys + 8 * (dim * j + c))), one)
+        store_doubles(out + 64 * j, one)
     if cap > 0:
         for j in range(count):
-            store_floats(out + 64 * j, times(splat(cap), tanh(divide(load_floats(out + 64 * j), splat(cap)))))
+            store_doubles(out + 64 * j, times(splat(cap), tanh(divide(load_doubles(out + 64 * j), splat(cap)))))
 
 
 @register_jitable
 def _mask(scores, first_key, count, queries, window):
     """-inf where a key is later than the query, or further back than the window."""
-    never = splat(np.float32(-np.inf))
+    never = splat(-np.inf)
     for j in range(count):
-        some = load_floats(scores + 64 * j)
-        key = splat(np.float32(first_key + j))
+        some = load_doubles(scores + 64 * j)
+        key = splat(np.float64(first_key + j))
         some = where_below(queries, key, never, some)
         if window:
-            some = where_below(key, plus(queries, splat(np.float32(1 - window))), never, some)
-        store_floats(scores + 64 * j, some)
+            some = where_below(key, plus(queries, splat(np.float64(1 - window))), never, some)
+        store_doubles(scores + 64 * j, some)
 
 
 @register_jitable
 def _add_values(shares, values, count, dim, fade, out):
-    """out = fade * out + sum over keys of share * value; shares : (count, 16), out : (dim, 16)."""
+    """out = fade * out + sum over keys of share * value; shares : (count, 8), values : (count, dim), out : (dim, 8)."""
     whole = dim // SOME * SOME
     for c in range(0, whole, SOME):
-        total = times(load_apart(out + 64 * c, 64, SOME), fade)
+        total = times(double_grid(out + 64 * c, 64, SOME, 1), fade)
         for j in range(count):
-            total = fma(load_floats(shares + 64 * j), splats(values + 4 * (dim * j + c), SOME), total)
-        store_tokens(out + 64 * c, 64, total)
+            total = fma(load_doubles(shares + 64 * j), splats_apart(values + 8 * (dim * j + c), 8, SOME), total)
+        store_grid(out + 64 * c, 64, total, SOME)
     for c in range(whole, dim):
-        one = times(load_floats(out + 64 * c), fade)
+        one = times(load_doubles(out + 64 * c), fade)
         for j in range(count):
-            one = fma(load_floats(shares + 64 * j), splat(load_float(values + 4 * (dim * j + c))), one)
-        store_floats(out + 64 * c, one)
+            one = fma(load_doubles(shares + 64 * j), splat(load_double(values + 8 * (dim * j + c))), one)
+        store_doubles(out + 64 * c, one)
 
 
 @register_jitable
-def _attend_some(query, keys, values, first, tokens, dim, scale, cap, window, own, out, out_stride):
-    """Attention of up to sixteen queries at the positions first, first + 1 ... over the keys 0 .. first + tokens - 1.
+def _shares(scores, count, state):
+    """Scores of a block become shares, relative to the largest score so far.
 
-    query : (tokens, ...) rows of one head, out_stride bytes apart; own : room for (2 dim + KEY_BLOCK, 16) floats.
+    state : of each query, float64: the largest score and the sum of shares, updated, and what turns earlier shares into
+    such relative to the new largest score.
     """
-    turned, sums, scores = own, own + 64 * dim, own + 128 * dim
-    for c in range(dim):
-        store_floats(turned + 64 * c, every(0))
-        store_floats(sums + 64 * c, every(0))
-        for i in range(tokens):
-            store_float(turned + 64 * c + 4 * i, load_float(query + out_stride * i + 4 * c))
+    most = load_doubles(state)
+    top = most
+    for j in range(count):
+        top = larger(top, load_doubles(scores + 64 * j))
+    # A lane that has seen no key yet has the maximum -inf; 0 in its place keeps -inf - -inf away.
+    base = where_below(top, splat(-1e300), wide_every(0), top)
+    fade = exponential(minus(most, base))
+    total = times(load_doubles(state + 64), fade)
+    for j in range(count):
+        some = exponential(minus(load_doubles(scores + 64 * j), base))
+        store_doubles(scores + 64 * j, some)
+        total = plus(total, some)
+    store_doubles(state, top)
+    store_doubles(state + 64, total)
+    store_doubles(state + 128, fade)
+
+
+@register_jitable
+def _attend_some(query, heads, keys, values, first, tokens, dim, scale, cap, window, own, out, stride):
+    """Attention of up to eight queries at the positions first, first + 1 ... over the keys 0 .. first + tokens - 1.
+
+    query, out : rows of `heads` heads that share keys and values, `stride` bytes apart; own : room, as in own_bytes.
+    """
+    wide, of_heads, each = own, own + 8 * KEY_BLOCK * dim, _bytes_of_a_head(dim)
+    # Of each head: queries (dim, 8), sums (dim, 8), scores (KEY_BLOCK, 8), state (3, 8).
+    sums, scores, state = 64 * dim, 128 * dim, 128 * dim + 64 * KEY_BLOCK
+    for h in range(heads):
+        mine = of_heads + each * h
+        for c in range(dim):
+            store_doubles(mine + 64 * c, wide_every(0))
+            store_doubles(mine + sums + 64 * c, wide_every(0))
+            for i in range(tokens):
+                number = np.float64(load_float(query + stride * i + 4 * (dim * h + c)))
+                store_double(mine + 64 * c + 8 * i, scale * number)
+        store_doubles(mine + state, splat(-np.inf))
+        store_doubles(mine + state + 64, wide_every(0))
     queries = numbered(first)
-    most, total = splat(np.float32(-np.inf)), every(0)
     begin = max(0, first + 1 - window) // KEY_BLOCK * KEY_BLOCK if window else 0
     for start in range(begin, first + tokens, KEY_BLOCK):
         count = min(KEY_BLOCK, first + tokens - start)
-        _scores(turned, keys + 4 * dim * start, count, dim, scale, cap, scores)
-        if start + count > first or window:
-            _mask(scores, start, count, queries, window)
-        top = most
-        for j in range(count):
-            top = larger(top, load_floats(scores + 64 * j))
-        # A lane that has seen no key yet has the maximum -inf; 0 in its place keeps -inf - -inf away.
-        base = where_below(top, splat(np.float32(-3e38)), every(0), top)
-        fade = exponential(plus(most, times(base, every(-1))))
-        most, total = top, times(total, fade)
-        for j in range(count):
-            some = exponential(plus(load_floats(scores + 64 * j), times(base, every(-1))))
-            store_floats(scores + 64 * j, some)
-            total = plus(total, some)
-        _add_values(scores, values + 4 * dim * start, count, dim, fade, sums)
-    for c in range(dim):
-        store_floats(sums + 64 * c, divide(load_floats(sums + 64 * c), total))
-        for i in range(tokens):
-            store_float(out + out_stride * i + 4 * c, load_float(sums + 64 * c + 4 * i))
+        scale_up(keys + 4 * dim * start, count * dim, 1.0, wide)
+        for h in range(heads):
+            mine = of_heads + each * h
+            _scores(mine, wide, count, dim, cap, mine + scores)
+            if start + count > first or window:
+                _mask(mine + scores, start, count, queries, window)
+            _shares(mine + scores, count, mine + state)
+        scale_up(values + 4 * dim * start, count * dim, 1.0, wide)
+        for h in range(heads):
+            mine = of_heads + each * h
+            _add_values(mine + scores, wide, count, dim, load_doubles(mine + state + 128), mine + sums)
+    for h in range(heads):
+        mine = of_heads + each * h
+        total = load_doubles(mine + state + 64)
+        for c in range(dim):
+            at = mine + sums + 64 * c
+            store_doubles(at, divide(load_doubles(at), total))
+            for i in range(tokens):
+                store_float(out + stride * i + 4 * (dim * h + c), np.float32(load_double(at + 8 * i)))
+
+
+@register_jitable
+def _bytes_of_a_head(dim):
+    return 64 * (2 * dim + KEY_BLOCK + 3)
 
 
 @register_jitable
@@ -233,9 +274,7 @@ def _add_branch(x, branch, stride, first, last, hidden, gain, eps, own):
         if gain:
             norm(other, hidden, gain, eps, own, 0)
             other = own
-        for i in range(hidden):
-            place = x + stride * t + 4 * i
-            store_float(place, load_float(place) + load_float(other + 4 * i))
+        add(x + stride * t, other, hidden)
 
 
 @register_jitable
@@ -260,7 +299,7 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
     q_bytes = 4 * ((heads * dim + BLOCK - 1) // BLOCK * BLOCK)
     kv_bytes = 4 * ((kv_heads * dim + BLOCK - 1) // BLOCK * BLOCK)
     wide_bytes = 4 * ((wide + BLOCK - 1) // BLOCK * BLOCK)
-    per_group, query_blocks = heads // kv_heads, (tokens + LANES - 1) // LANES
+    per_group, query_blocks = heads // kv_heads, (tokens + WIDE - 1) // WIDE
     first, last = share((tokens + TOKENS - 1) // TOKENS, thread, threads)
     first, last = min(first * TOKENS, tokens), min(last * TOKENS, tokens)  # the tokens that this member lays out
     for n in range(len(layers)):
@@ -279,13 +318,12 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
                 copy(k + of, dim, layer.keys + at)
                 copy(v + of, dim, layer.values + at)
         barrier(meeting, threads)
-        for unit in range(thread, heads * query_blocks, threads):  # by turns: late queries see more keys
-            h, block = unit % heads, unit // heads
-            at, of = q_bytes * LANES * block + 4 * dim * h, h // per_group * room
-            some = min(LANES, tokens - LANES * block)
+        for unit in range(thread, kv_heads * query_blocks, threads):  # by turns: late queries see more keys
+            h, block = unit % kv_heads, unit // kv_heads
+            at, of = q_bytes * WIDE * block + 4 * dim * per_group * h, h * room
             _attend_some(
-                q + at, layer.keys + of, layer.values + of, start + LANES * block, some, dim, scale, cap, layer.window,
-                mine, mixed + at, q_bytes,
+                q + at, per_group, layer.keys + of, layer.values + of, start + WIDE * block,
+                min(WIDE, tokens - WIDE * block), dim, scale, cap, layer.window, mine, mixed + at, q_bytes,
             )  # fmt: skip
         barrier(meeting, threads)
         _turn(layer.o, mixed, q_bytes, first, last, heads * dim, mine)
@@ -306,9 +344,12 @@ def prefill(thread, threads, sizes, numbers, layers, buffers, own, own_bytes, st
         _add_branch(x, branch, row_bytes, first, last, hidden, layer.output_norm, eps, mine)
 
 
-def own_bytes(most: int, dim: int) -> int:
-    """Bytes that each member needs: a vector of `most` columns, or what attention of sixteen queries needs."""
-    return max(4 * most, 64 * (2 * dim + KEY_BLOCK))
+def own_bytes(most: int, dim: int, per_group: int) -> int:
+    """Bytes that each member needs: a vector of `most` columns, or what attention of eight queries needs.
+
+    A block of keys, or of values, in float64, and what _attend_some keeps of each head that shares them.
+    """
+    return max(4 * most, 8 * KEY_BLOCK * dim + per_group * 64 * (2 * dim + KEY_BLOCK + 3))
 
 
 def laid_bytes(most: int, tokens: int) -> int:
@@ -320,7 +361,7 @@ def laid_bytes(most: int, tokens: int) -> int:
 @cache
 def prefill_kernel():
     """The compiled prefill; releases the interpreter lock."""
-    sizes, numbers = types.UniTuple(types.intp, 6), types.UniTuple(types.float32, 3)
+    sizes, numbers = types.UniTuple(types.intp, 6), types.UniTuple(types.float64, 3)
     return compile_kernel(
         prefill,
         types.void(types.intp, types.intp, sizes, numbers, records(LAYER), records(BUFFERS), *[types.intp] * 4),

@@ -1,8 +1,9 @@
 """A small SIMD vocabulary for Numba: vector values, and the words the packed kernels need.
 
 Numba has no vector type, and LLVM does not vectorise its loops over packed codes. Here a Numba type stands for an
-LLVM vector (`<16 x float>`, `<16 x i32>`) and every word is an intrinsic that emits a few lines of portable LLVM IR.
-No instruction of a particular processor is named: LLVM splits the vectors on narrower machines.
+LLVM vector of 64 bytes (`<16 x float>`, `<16 x i32>`, `<8 x double>`) and every word is an intrinsic that emits a few
+lines of portable LLVM IR. No instruction of a particular processor is named: LLVM splits the vectors on narrower
+machines.
 
 Words that read or write take (array, index) and do not check bounds: callers pass only what shape checks in Python have
 admitted. tiles.py adds the words that work on four rows at once.
@@ -18,10 +19,11 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 F32, I16, I32, I8 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(8)
+F64 = ir.DoubleType()
 
 
 class Vector(types.Type):
-    """The Numba type of an LLVM vector of floats or 32-bit integers."""
+    """The Numba type of an LLVM vector of floats, doubles or 32-bit integers."""
 
     def __init__(self, element: ir.Type, lanes: int = LANES):
         self.llvm = ir.VectorType(element, lanes)
@@ -34,7 +36,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.llvm)
 
 
-Floats, Ints = Vector(F32), Vector(I32)
+Floats, Ints, Doubles = Vector(F32), Vector(I32), Vector(F64, LANES // 2)
 
 
 @cache
