@@ -3,7 +3,8 @@
     dense array      x @ weight.T in the arrays' own types (float64 stays float64)
     packed record    decoded inside the product, by Numba kernels or, with REFLLM_KERNELS=numpy, by the NumPy text
 
-The NumPy text (reference.py) is the definition; a kernel may differ from it by the rounding of float32 sums only.
+The NumPy text (reference.py) is the definition; a kernel may differ from it by the rounding of float32 sums only,
+and where activations are rounded to 8 or 4 bits and weights are whole numbers not at all.
 float64 activations always take the NumPy text. Records are described in records.py.
 """
 

@@ -1,6 +1,6 @@
 """What every packed record has, and the checks its constructor makes."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,23 @@ def as_float(values: np.ndarray, dtype: str) -> np.ndarray:
     return stored
 
 
+class Whole(NamedTuple):
+    """Rows of whole numbers that are scaled group by group: weight = scale number + low.
+
+    Parameters
+    ----------
+    numbers : (rows, in) float32
+        Below 2^9 in magnitude.
+    scale : (rows, groups) float32
+        Of equally many consecutive columns each.
+    low : (rows, groups) float32, or None
+    """
+
+    numbers: np.ndarray
+    scale: np.ndarray
+    low: np.ndarray | None = None
+
+
 class BaseRecord:
     """What every record has."""
 
@@ -68,6 +85,9 @@ class BaseRecord:
     def nbytes(self) -> int:
         """Bytes of the stored arrays."""
         return sum(part.nbytes for name in self.stored if (part := getattr(self, name)) is not None)
+
+    def whole(self, ids: np.ndarray | slice) -> Whole | None:
+        """Some rows as whole numbers, for products with rounded activations; None if they are none."""
 
     def dense(self) -> np.ndarray:
         """The (out, in) float32 matrix the record stands for. For tests and for methods, not for the forward pass."""

@@ -8,6 +8,7 @@ import numpy as np
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.packed.base import (
     BaseRecord,
+    Whole,
     as_float,
     check_columns,
     check_factor,
@@ -94,10 +95,27 @@ class BlockSparse(BaseRecord):
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
+        kept = self._kept(ids)
+        return self._spread(rows_of(self.values, kept[-1]), *kept)[:, : self.columns]
+
+    def whole(self, ids: np.ndarray | slice) -> Whole | None:
+        """Some rows as whole numbers, if the kept ones are such; a group that is left out has the scale 0."""
+        if not isinstance(self.values, BaseRecord) or self.columns % self.block_columns:
+            return None
+        kept = self._kept(ids)
+        values = self.values.whole(kept[-1])
+        return values and Whole(*(None if a is None else self._spread(a, *kept) for a in values))
+
+    def _kept(self, ids: np.ndarray | slice) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """How many rows; of each kept part of a row: which of the rows, which block of it, and which row of values."""
         numbers, mask = np.arange(self.out)[ids], self.mask()
         row, inside = np.divmod(numbers, self.block_rows)
         order = np.cumsum(mask).reshape(mask.shape) - 1  # of the kept blocks
         k, column = np.nonzero(mask[row])
-        out = np.zeros((len(numbers), self.grid[1], self.block_columns), np.float32)
-        out[k, column] = rows_of(self.values, order[row[k], column] * self.block_rows + inside[k])
-        return out.reshape(len(numbers), self.grid[1] * self.block_columns)[:, : self.columns]
+        return len(numbers), k, column, order[row[k], column] * self.block_rows + inside[k]
+
+    def _spread(self, values: np.ndarray, count: int, k: np.ndarray, column: np.ndarray, _) -> np.ndarray:
+        """What kept parts of rows have, at their places: (kept, n) -> (rows, blocks * n) float32, zeros elsewhere."""
+        out = np.zeros((count, self.grid[1], values.shape[1]), np.float32)
+        out[k, column] = values
+        return out.reshape(count, self.grid[1] * values.shape[1])

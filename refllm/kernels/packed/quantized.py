@@ -8,7 +8,16 @@ import numpy as np
 
 from refllm.formats.bits import pack_bits, padding_is_zero, unpack_bits
 from refllm.kernels.grids import PER_TENSOR, AffineGrid, SymmetricGrid, group_count
-from refllm.kernels.packed.base import ALL, FLOATS, BaseRecord, check_array, check_columns, check_packed, row_count
+from refllm.kernels.packed.base import (
+    ALL,
+    FLOATS,
+    BaseRecord,
+    Whole,
+    check_array,
+    check_columns,
+    check_packed,
+    row_count,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +101,13 @@ class IntWeight(BaseRecord):
         """Some rows, (k, in) float32."""
         return self.grid.decode(self.unpacked(ids), *self.scales(ids))
 
+    def whole(self, ids: np.ndarray | slice) -> Whole:
+        """Some rows as whole numbers: code - zero_point."""
+        codes, (scale, zero) = self.unpacked(ids).astype(np.float32), self.scales(ids)
+        groups = scale.shape[1]
+        numbers = codes.reshape(len(codes), groups, self.columns // groups) - zero[..., None].astype(np.float32)
+        return Whole(numbers.reshape(codes.shape), np.broadcast_to(scale.astype(np.float32), numbers.shape[:2]))
+
 
 @dataclass(frozen=True, eq=False)
 class MinWeight(BaseRecord):
@@ -143,6 +159,11 @@ class MinWeight(BaseRecord):
         scale, minimum = (a[ids].astype(np.float32)[..., None] for a in (self.scale, self.minimum))
         codes = self.unpacked(ids).astype(np.float32).reshape(*scale.shape[:2], self.columns // scale.shape[1])
         return (scale * codes + minimum).reshape(len(scale), self.columns)
+
+    def whole(self, ids: np.ndarray | slice) -> Whole:
+        """Some rows as whole numbers: the codes, with the scale and minimum of each group."""
+        scale, minimum = (a[ids].astype(np.float32) for a in (self.scale, self.minimum))
+        return Whole(self.unpacked(ids).astype(np.float32), scale, minimum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,3 +291,10 @@ class GGUFBlocks(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
         return self.layout.decode(self.data[ids])
+
+    def whole(self, ids: np.ndarray | slice) -> Whole:
+        """Some rows as whole numbers, with the scale and minimum of each group."""
+        data, blocks = self.data[ids], self.columns // self.layout.block_size
+        terms = self.layout.read(data.reshape(-1, self.layout.bytes_per_block))
+        arrays = terms.whole, *terms.of_groups
+        return Whole(*(None if a is None else a.reshape(len(data), blocks * a.shape[1]) for a in arrays))

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
-from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
+from refllm.kernels.packed.base import Whole
+from refllm.kernels.packed.quantized import GGUFBlocks
 
 BLOCK_ELEMENTS = 1 << 20  # weights decoded at a time: 4 MB of float32
 GGUF_BLOCK = 32  # columns per activation scale beside GGUF weights
+RUN = 32  # columns whose products with rounded activations are summed at once
+LACKING = np.int64((1 << 29) - 1)  # bits of a float64's mantissa that float32 has not
 
 
 def row_blocks(shape: tuple[int, int], elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
@@ -33,18 +36,18 @@ def matmul_float(x: np.ndarray, weight) -> np.ndarray:
 def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     """x W^T with activations rounded to `bits` bits: (tokens, in) float -> (tokens, out) of the type of x.
 
-    IntWeight: per token one scale; the product of codes is summed in integers inside each group, then
+    x is rounded with one scale per token; per 32 columns beside GGUF blocks, as GGML does. Where weights are whole
+    numbers with a scale and perhaps a minimum for each group of columns (`whole` of the record), a row is summed run by
+    run; a run is 32 columns of a group, or what is left of it:
 
-        y = x_scale * sum over groups of  scale[group] * sum over its columns of  x_code * (code - zero_point)
+        total = fma(x_scale * (sum of x_code * number), scale, total)
+        total = fma(low, x_scale * (sum of x_code), total)
 
-    in float32, groups in order. Other records: x is rounded (per token; per 32 columns beside GGUF blocks, as GGML
-    does) and multiplied as floats, which is the same number up to float32 rounding.
+    in float32, where the sums are exact and an fma rounds once. A kernel that takes the same steps gets the same bits.
+    Other weights are multiplied as floats.
     """
-    if isinstance(weight, IntWeight):
-        return _int_times_int(x, weight, bits)
-    block = GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0
-    codes, scale = quantize_activations(x.astype(np.float32), block, bits)
-    return matmul_float(dequantize_activations(codes, scale).astype(x.dtype), weight)
+    codes, steps = quantize_activations(x.astype(np.float32), GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0, bits)
+    return codes_times(codes, weight, steps).astype(x.dtype)
 
 
 def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
@@ -52,51 +55,69 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
     return matmul_rounded(x, weight, 8)
 
 
-def _int_times_int(x: np.ndarray, weight: IntWeight, bits: int) -> np.ndarray:
-    codes, x_scale = quantize_activations(x.astype(np.float32), 0, bits)
-    with np.errstate(invalid="ignore"):
-        return (codes_times(codes, weight) * x_scale).astype(x.dtype)
-
-
-def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
-    """x_codes W^T: (tokens, in) int8 -> (tokens, out) float32.
-
-    IntWeight: sums of whole numbers inside each group, then the groups in order, each times its scale. Other records
-    are decoded.
-    """
-    if not isinstance(weight, IntWeight):
-        return matmul_float(x_codes.astype(np.float32), weight)
-    y = np.empty((len(x_codes), weight.shape[0]), np.float32)
-    for block in row_blocks(weight.shape, BLOCK_ELEMENTS // 4):
-        sums, scale = group_sums(x_codes, weight, block)
-        total = np.zeros((len(x_codes), sums.shape[1]), np.float32)
-        for g in range(sums.shape[2]):
-            total += sums[:, :, g].astype(np.float32) * scale[:, g].astype(np.float32)
-        y[:, block] = total
-    return y
-
-
-def group_sums(x_codes: np.ndarray, weight: IntWeight, ids: slice) -> tuple[np.ndarray, np.ndarray]:
-    """The integers inside an int8 product.
+def codes_times(x_codes: np.ndarray, weight, steps: np.ndarray | None = None) -> np.ndarray:
+    """x W^T for x = step * x_code, with the sums of matmul_rounded.
 
     Parameters
     ----------
     x_codes : (tokens, in) int8
-    weight : IntWeight
-    ids : slice
-        Rows of the weight.
+    weight : record
+        One without whole numbers is decoded.
+    steps : (tokens, in / block) or (tokens, 1) float32
+        None: 1.
 
     Returns
     -------
-    sums : (tokens, rows, groups) int64
-        Sum over the columns of each group of x_code * (code - zero_point).
-    scale : (rows, groups) or (1, 1)
+    (tokens, out) float32
     """
-    codes = weight.unpacked(ids)
-    scale, zero = weight.scales(ids)
-    groups, width = scale.shape[1], weight.columns // scale.shape[1]
-    steps = codes.reshape(len(codes), groups, width).astype(np.int32) - zero[..., None]
-    # Exact in float64 (below 2^53), and there BLAS does it.
-    x_groups = x_codes.reshape(len(x_codes), groups, width).astype(np.float64).transpose(1, 0, 2)  # [groups, tokens, g]
-    sums = x_groups @ steps.astype(np.float64).transpose(1, 2, 0)  # [groups, tokens, rows]
-    return sums.transpose(1, 2, 0).astype(np.int64), scale
+    if steps is None:
+        steps = np.ones((len(x_codes), 1), np.float32)
+    if weight.whole(slice(0, 1)) is None:
+        return matmul_float(dequantize_activations(x_codes, steps), weight)
+    codes, y = x_codes.astype(np.float32), np.empty((len(x_codes), weight.shape[0]), np.float32)
+    few = weight.shape[0], max(len(codes), weight.shape[1] // 16)
+    for ids in row_blocks(few, BLOCK_ELEMENTS // 16):  # sums stay in cache, and so do numbers
+        y[:, ids] = _add_runs(codes, steps, weight.whole(ids))
+    return y
+
+
+def _add_runs(codes: np.ndarray, steps: np.ndarray, weight: Whole) -> np.ndarray:
+    """The sums of matmul_rounded: codes (tokens, in) and steps (tokens, in / block or 1) -> (tokens, rows) float32."""
+    total = np.zeros((len(codes), len(weight.numbers)), np.float32)
+    group, block = (codes.shape[1] // a.shape[1] for a in (weight.scale, steps))
+    for start in range(0, codes.shape[1], group):
+        scale = weight.scale[:, start // group]
+        for first in range(start, start + group, RUN):
+            run = slice(first, min(first + RUN, start + group))
+            step = steps[:, first // block, None]
+            with np.errstate(invalid="ignore", over="ignore"):
+                # Sums of products below 2^24 are exact in float32, and there BLAS makes them.
+                total = fma(step * (codes[:, run] @ weight.numbers[:, run].T), scale, total)
+                if weight.low is not None:
+                    of = step * codes[:, run].sum(axis=1, keepdims=True)
+                    total = fma(weight.low[:, start // group], of, total)
+    return total
+
+
+def fma(x: np.ndarray, y: np.ndarray, addend: np.ndarray) -> np.ndarray:
+    """x * y + addend of float32 arrays, rounded once; where it is below 2^-126, perhaps twice.
+
+    Examples
+    --------
+    >>> x = np.float32([1 + 2**-12])
+    >>> fma(x, x, np.float32([2**-60])).tolist(), (x * x).tolist()
+    ([1.0004884004592896], [1.00048828125])
+    """
+    product = x.astype(np.float64) * y  # exact
+    total = product + addend
+    result = total.astype(np.float32)
+    # float64 rounded first. That alone may have brought the sum halfway between two float32 numbers, where of the bits
+    # that float32 lacks the first is set and no other. Then what was lost says to which side it belongs.
+    halfway = total.view(np.int64) & LACKING == LACKING // 2 + 1
+    if halfway.any():
+        total, product = total[halfway], product[halfway]
+        addend = np.broadcast_to(addend, result.shape)[halfway]
+        rest = total - product
+        lost = (product - (total - rest)) + (addend - rest)
+        result[halfway] = np.where(lost == 0, total, np.nextafter(total, np.copysign(np.inf, lost)))
+    return result

@@ -11,6 +11,7 @@ from refllm.kernels.packed.base import (
     ALL,
     FLOATS,
     BaseRecord,
+    Whole,
     as_float,
     check_array,
     check_columns,
@@ -97,9 +98,20 @@ class Sparse24(BaseRecord):
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32."""
+        return self._spread(rows_of(self.values, ids), ids)
+
+    def whole(self, ids: np.ndarray | slice) -> Whole | None:
+        """Some rows as whole numbers, if the kept ones are such without a minimum."""
+        kept = self.values.whole(ids) if isinstance(self.values, BaseRecord) else None
+        if kept is None or kept.low is not None:
+            return None
+        return Whole(self._spread(kept.numbers, ids), kept.scale)
+
+    def _spread(self, kept: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
+        """Numbers (k, in / 2) of some rows at their places, (k, in) float32."""
         chosen = self.pairs(ids).reshape(-1, self.columns // 4, 2)
         out = np.zeros((*chosen.shape[:2], 4), np.float32)
-        np.put_along_axis(out, chosen.astype(np.intp), rows_of(self.values, ids).reshape(chosen.shape), axis=-1)
+        np.put_along_axis(out, chosen.astype(np.intp), kept.reshape(chosen.shape), axis=-1)
         return out.reshape(len(out), self.columns)
 
 

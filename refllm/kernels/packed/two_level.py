@@ -8,7 +8,7 @@ import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.grids import PER_TENSOR, group_count
-from refllm.kernels.packed.base import ALL, BaseRecord, check_array, check_columns, check_packed, row_count
+from refllm.kernels.packed.base import ALL, BaseRecord, Whole, check_array, check_columns, check_packed, row_count
 from refllm.kernels.packed.quantized import IntWeight
 
 BITS = 4  # of codes, levels and zero points
@@ -81,6 +81,10 @@ class TwoLevel(BaseRecord):
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """Some rows, (k, in) float32; 8 bits times 11 bits, so nothing is rounded."""
         return self.int8(ids).astype(np.float32) * self.scale[ids].astype(np.float32)
+
+    def whole(self, ids: np.ndarray | slice) -> Whole:
+        """Some rows as whole numbers, as kernels take them."""
+        return self.flat.whole(ids)
 
     @cached_property
     def flat(self) -> IntWeight:

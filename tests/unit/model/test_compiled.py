@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import refllm
+from refllm.formats.files import data_path
 from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.packed import threads
 from refllm.kernels.packed.quantized import IntWeight
@@ -64,15 +65,31 @@ def test_equals_the_readable_pass(architecture, shape, monkeypatch):
         assert distance(forward(model, IDS), expected).max() < 1e-5  # no cache at all
 
 
+def check_rounded_alike(model, activations, ids, monkeypatch):
+    """With rounded activations both passes get the same bits, but for a dense head, which sums float32 in two orders.
+
+    Where a float64 sum in another order is rounded to another float32, as good as never, a position may differ by more.
+    """
+    model = replace(model, runtime=replace(model.runtime, activations=activations))
+    expected = readable(model, ids, monkeypatch)
+    y, cache = through_a_cache(model, ids)
+    assert isinstance(cache.compiled[1], compiled.Compiled)
+    assert (distance(y, expected) < 1e-6).mean() >= 0.98
+    assert (forward(model, ids) == expected).all(axis=-1).mean() >= 0.98
+
+
 @pytest.mark.parametrize("recipe", ["rtn:bits=8,group=-1", "rtn:bits=4,group=16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_int8_activations_few_codes_fall_on_the_other_side(architecture, recipe, monkeypatch):
-    """An activation on the border of two codes may be rounded either way: a step of 1/127 of the largest, no more."""
-    model = packed(random_model(architecture, head_dim=16), recipe)
-    model = replace(model, runtime=replace(model.runtime, activations="int8"))
-    expected = readable(model, IDS, monkeypatch)
-    for y in (through_a_cache(model, IDS)[0], forward(model, IDS)):
-        assert np.median(distance(y, expected)) < 1e-5 and distance(y, expected).max() < 0.05
+def test_rounded_activations_get_the_same_codes(architecture, recipe, monkeypatch):
+    for shape in SHAPES.values() if "4" in recipe else [SHAPES["even"]]:
+        check_rounded_alike(packed(random_model(architecture, **shape), recipe), "int8", IDS, monkeypatch)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int4"])
+def test_rounded_activations_of_the_bundled_model_get_the_same_codes(activations, monkeypatch):
+    model = refllm.load("tiny")
+    ids = np.array(model.tokenizer.encode(data_path("tiny/eval.txt").read_text(encoding="utf-8"))[:100])
+    check_rounded_alike(packed(model, "rtn:bits=4,group=32"), activations, ids, monkeypatch)
 
 
 @pytest.mark.parametrize("activations", ["float32", "int8"])
@@ -170,7 +187,15 @@ def test_not_a_number_stays_in_its_sequence():
 
 
 @pytest.mark.parametrize("activations", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("recipe", ["wanda:pattern=2:4", "wanda:pattern=2:4+rtn:bits=4,group=8", "wanda:sparsity=0.5"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "wanda:pattern=2:4",
+        "wanda:pattern=2:4+rtn:bits=4,group=8",
+        "wanda:pattern=2:4+rtn:bits=4,group=-1",
+        "wanda:sparsity=0.5",
+    ],
+)
 def test_sparse_weights(recipe, activations, monkeypatch):
     """Where a form has no integer product, rounded activations are left to the readable pass."""
     model = random_model("llama", head_dim=16)
@@ -178,7 +203,7 @@ def test_sparse_weights(recipe, activations, monkeypatch):
     model = replace(model, runtime=replace(model.runtime, activations=activations))
     expected = readable(model, IDS, monkeypatch)
     y, _ = through_a_cache(model, IDS)
-    assert np.median(distance(y, expected)) < 1e-5
+    assert distance(y, expected).max() < 1e-5
 
 
 def int8_codes(W):

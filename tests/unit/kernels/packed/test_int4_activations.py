@@ -63,6 +63,7 @@ def test_products_within_the_bound(form, rows, kinds, seed, largest):
     seen = codes * np.repeat(scale.astype(np.float64), x.shape[1] // scale.shape[1], axis=1)
     y = fast.matmul_rounded(x, weight, 4)
     assert (np.abs(y - reference.matmul_float(seen, weight)) <= tolerance(seen, weight)).all()
+    assert np.array_equal(y, reference.matmul_rounded(x, weight, 4))
     assert np.array_equal(fast.matmul_rounded(np.resize(x, (13, weight.columns)), weight, 4)[: len(x)], y)
 
 

@@ -1,13 +1,19 @@
 """matmul and rows: every record against its dense matrix, the NumPy text as the definition, and what is refused."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.formats.bits import pack_bits
+from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m
 from refllm.kernels.packed import backend, matmul, reference, rows
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
-from refllm.kernels.packed.records import LowRank, Rotated, Sparse24, Sum
+from refllm.kernels.packed.records import IntWeight, LowRank, Rotated, Sparse24, Sum
 from tests.strategies import activation_row, gamma, weight_row
 from tests.unit.kernels.packed.test_records import coded, int_weight, one_of_each
 
@@ -118,13 +124,55 @@ def test_quantize_activations_by_hand():
     assert scale.tolist() == [[2]] and codes.tolist() == [[7, -2, 0, 6]]  # -1.5, 0.5 and 6.5, to even
 
 
-def test_group_sums_are_the_integers():
-    weight = int_weight(W, AffineGrid(4, 8))
-    codes, _ = quantize_activations(X)
-    sums, scale = reference.group_sums(codes, weight, slice(None))
-    steps = weight.unpacked().astype(int) - np.repeat(weight.scales()[1], 8, axis=1)
-    assert np.array_equal(sums, np.einsum("tgc,rgc->trg", codes.reshape(4, 4, 8).astype(int), steps.reshape(6, 4, 8)))
-    assert sums.dtype == np.int64 and scale.shape == (6, 4)
+@pytest.mark.parametrize("name", [name for name in one_of_each() if one_of_each()[name].whole(slice(0, 1))])
+def test_whole_numbers_make_up_the_weight(name):
+    weight = one_of_each()[name]
+    numbers, scale, low = weight.whole(slice(1, 6))
+    wide = lambda a: np.repeat(a, 32 // a.shape[1], axis=1)
+    assert np.array_equal(numbers, np.rint(numbers)) and numbers.shape == (5, 32)
+    assert np.array_equal(wide(scale) * numbers + (0 if low is None else wide(low)), weight.dense()[1:])
+    assert all(a is None or a.dtype == np.float32 for a in (numbers, scale, low))
+    assert weight.whole(slice(0, 0)).numbers.shape == (0, 32)
+
+
+def test_a_rounded_product_by_hand():
+    """Groups of 48 columns: runs of 32 and 16, each rounded on its way into the total."""
+    codes = np.arange(96, dtype=np.uint8)[None] % 16
+    weight = IntWeight(pack_bits(codes, 4), np.float32([[0.1, 0.3]]), None, 4, 48, 96)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 96)))
+    x_codes, (step,) = quantize_activations(x)[0][0].astype(int), quantize_activations(x)[1][0]
+    total = Fraction(0)
+    for scale, start, stop in ((0.1, 0, 32), (0.1, 32, 48), (0.3, 48, 80), (0.3, 80, 96)):
+        part = np.float32((x_codes[start:stop] * (codes[0, start:stop].astype(int) - 8)).sum()) * step
+        total = nearest_float32(Fraction(float(part)) * Fraction(float(np.float32(scale))) + total)
+    assert reference.matmul_int8(x, weight).tolist() == [[float(total)]]
+
+
+def nearest_float32(value: Fraction) -> Fraction:
+    """Ties to even; of normal size."""
+    exponent = max(-126, math.frexp(float(value))[1] - 1)
+    unit = Fraction(2) ** (exponent - 23)
+    return round(value / unit) * unit  # Python rounds ties to even
+
+
+NORMAL = st.tuples(st.integers(1 << 23, (1 << 24) - 1), st.integers(-30, 30))
+
+
+@given(NORMAL, NORMAL, NORMAL, st.booleans())
+def test_fma_rounds_once(x, y, addend, negative):
+    numbers = [np.float32(math.ldexp(*pair)) for pair in (x, y, addend)]
+    numbers[2] *= -1 if negative else 1
+    exact = Fraction(float(numbers[0])) * Fraction(float(numbers[1])) + Fraction(float(numbers[2]))
+    assert Fraction(float(reference.fma(*(np.array([n]) for n in numbers))[0])) == nearest_float32(exact)
+
+
+@given(st.integers(0, (1 << 11) - 1), st.integers(-60, -30), st.sampled_from([-1, 0, 1]))
+def test_fma_rounds_once_where_float64_lies_halfway(k, exponent, sign):
+    """A product of 25 bits, so halfway between two float32 numbers, and an addend that float64 loses."""
+    x, y = np.float32([4096 + 2 * k + 1]), np.float32([4097])
+    addend = np.float32([sign * 2.0**exponent])
+    exact = Fraction(float(x[0])) * Fraction(float(y[0])) + Fraction(float(addend[0]))
+    assert Fraction(float(reference.fma(x, y, addend)[0])) == nearest_float32(exact)
 
 
 @pytest.mark.parametrize(

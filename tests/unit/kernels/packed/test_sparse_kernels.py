@@ -73,6 +73,8 @@ def test_2_4_within_the_bound(values, data, columns):
         with np.errstate(all="ignore"):
             y = fast.matmul_int8(x, weight)
             exact = x_rounded.astype(np.float64) @ W.T.astype(np.float64)
+            text = reference.matmul_int8(x, weight)
+        assert np.array_equal(y, text, equal_nan=True)
         assert np.array_equal(y[:3], fast.matmul_int8(x[:3], weight), equal_nan=True)
         assert (np.abs(y - exact) <= bound(x_rounded, W, largest)).all()
 

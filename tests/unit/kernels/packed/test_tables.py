@@ -80,7 +80,10 @@ def test_gguf_types_within_the_bound(name, data, rows, count, seed):
     with np.errstate(all="ignore"):
         y = fast.matmul_int8(x, weight)
         exact = x_rounded.astype(np.float64) @ W.T.astype(np.float64)
+        text = reference.matmul_int8(x, weight)
     assert (np.abs(y - exact) <= bound(x_rounded, W, largest)).all()
+    off = np.abs(y.astype(np.float64) - text).max()
+    assert off == 0 or (name == "NVFP4" and off < 2.0**-140)  # its kernel halves the sum: smallest numbers lose a bit
 
 
 def with_scales_of_one(name, rows, count, seed):
