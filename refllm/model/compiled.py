@@ -340,7 +340,7 @@ class Compiled:
     def _product(self, weight, n: int) -> tuple[int, int, int, int]:
         """The numbers of one product: table, kernel (for n tokens), kind of activations, tiles."""
         from refllm.kernels.packed.decode_step import dense_address
-        from refllm.kernels.packed.quantized import GGUFBlocks
+        from refllm.kernels.packed.reference import activation_block
         from refllm.kernels.packed.tile_kernels import FLOAT, laid_kind, product_address, rounded_kind
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
@@ -353,7 +353,7 @@ class Compiled:
             return self._address(table), dense_address(), FLOAT, tiles
         made, kind = tiles_of(weight), FLOAT
         if activations in BITS and has_codes(weight):
-            kind = rounded_kind(isinstance(weight, GGUFBlocks), BITS[activations])
+            kind = rounded_kind(activation_block(weight), BITS[activations])
         self._kept.append(made)
         kernel = product_address(made.form, kind != FLOAT, n)
         return self._address(made.table), kernel, laid_kind(made.form, kind), tiles

@@ -68,9 +68,10 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
     weight : (out, in) array or record
     activations : str or Rounding
         float32, or int8 or int4: x is rounded to 8 or 4 bits with one scale per token (per 32 columns beside GGUF
-        blocks) wherever the weight is stored as codes; or what a Rounding says. Weights stored as floats (dense,
-        sparse, low-rank) keep float activations; the parts of a LowRank or a Sum count one by one. A record that says
-        how its inputs are rounded (inputs.py) is taken at its word. The inputs of a Rotated are turned first.
+        blocks, per 256 beside K-quants) wherever the weight is stored as codes; or what a Rounding says. Weights stored
+        as floats (dense, sparse, low-rank) keep float activations; the parts of a LowRank or a Sum count one by one. A
+        record that says how its inputs are rounded (inputs.py) is taken at its word. The inputs of a Rotated are turned
+        first.
 
     Returns
     -------

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BLOCK, SUPER_BLOCK = 32, 256  # columns per scale beside GGUF weights, and beside those with levels
+SHIFTS = 3  # a block of 32 may be so many powers of two finer than its super-block
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -83,6 +86,57 @@ def quantize_activations(
     steps = np.where(usable[..., None], blocks, 0) / divisor
     codes = np.clip(np.rint(steps), -most, most).astype(np.int8)
     return codes.reshape(x.shape), scale
+
+
+def quantize_shifted(x: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round activations to x^ = scale 2^shift code: 256 columns share the scale, 32 of them a shift of 0 to 3.
+
+    scale = amax / 127 / 8, and the shift is the least for which the codes of the 32 columns reach from -127 to 127 (7
+    for 127 with 4 bits). Zeros, NaN and Inf: as in quantize_activations. A sum over 256 columns stays one of integers.
+
+    Parameters
+    ----------
+    x : (tokens, in) float32, in a multiple of 256
+    bits : int
+
+    Returns
+    -------
+    codes : (tokens, in) int8
+    scale : (tokens, in / 256) float32
+    shift : (tokens, in / 32) int32
+
+    References
+    ----------
+    One scale per 256: GGML's Q8_K. Powers of two below a shared scale: Rouhani et al. 2023, "With Shared
+    Microexponents, A Little Shifting Goes a Long Way", arXiv:2302.08007.
+
+    Examples
+    --------
+    >>> codes, scale, shift = quantize_shifted(np.repeat(np.float32([[1016, 508, 507, 127, 126, 3, 1, 0]]), 32, axis=1))
+    >>> scale.tolist(), shift.tolist(), codes[0, ::32].tolist()
+    ([[1.0]], [[3, 2, 2, 0, 0, 0, 0, 0]], [127, 127, 127, 127, 126, 3, 1, 0])
+    """
+    blocks = x.reshape(len(x), -1, SUPER_BLOCK // BLOCK, BLOCK)
+    most = np.float32((1 << (bits - 1)) - 1)
+    own = np.abs(blocks).max(axis=-1)
+    amax = own.max(axis=-1, keepdims=True)
+    scale = amax / most * np.float32(0.5**SHIFTS)
+    with np.errstate(over="ignore"):
+        reach = sum(((own * np.float32(2**k) <= amax) & np.isfinite(amax)).astype(np.int32) for k in (1, 2, 3))
+    shift = SHIFTS - reach
+    usable = np.isfinite(scale) & (scale > 0)
+    divisor = np.ldexp(np.where(usable, scale, np.float32(1)), shift)[..., None]
+    steps = np.where(usable[..., None], blocks, 0) / divisor
+    codes = np.clip(np.rint(steps), -most, most).astype(np.int8)
+    return codes.reshape(x.shape), scale[..., 0], shift.reshape(len(x), -1)
+
+
+def round_activations(x: np.ndarray, block: int, bits: int = 8) -> np.ndarray:
+    """What rounded activations stand for, float32 (tokens, in); block : as reference.activation_block gives it."""
+    if block != SUPER_BLOCK:
+        return dequantize_activations(*quantize_activations(x, block, bits))
+    codes, scale, shift = quantize_shifted(x, bits)
+    return dequantize_activations(codes, np.ldexp(np.repeat(scale, SUPER_BLOCK // BLOCK, axis=1), shift))
 
 
 def quantize_affine(x: np.ndarray, bits: int = 8, clip_ratio: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

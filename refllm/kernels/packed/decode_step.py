@@ -284,7 +284,7 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
 def own_bytes(most: int, dim: int, room: int) -> int:
     """Bytes that each member needs: `most` columns at once (a multiple of 32), `room` tokens in the cache.
 
-    A normed vector, one laid out (numbers, scales, sums: 4 + 1 / 2 bytes a column), and what attention needs.
+    A normed vector, one laid out (numbers, scales, sums: 4 + 5 / 8 bytes a column), and what attention needs.
     """
     return 9 * most + 8 * own_doubles(MOST, dim, room)
 

@@ -14,15 +14,16 @@ import numpy as np
 
 from refllm.kernels.grids import PER_TENSOR
 from refllm.kernels.packed import decode_kernels, reference
-from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
+from refllm.kernels.packed.activations import round_activations
 from refllm.kernels.packed.compile import compile_kernel
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
-from refllm.kernels.packed.reference import GGUF_BLOCK, row_blocks
+from refllm.kernels.packed.reference import activation_block, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.threads import over_rows
 from refllm.kernels.packed.tile_kernels import (
     FLOAT,
     KINDS,
+    TOKEN,
     TOKENS,
     laid_kind,
     lay_out_address,
@@ -45,7 +46,8 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     x : (tokens, in) float32
     tiles : Tiles
     kind : int
-        FLOAT, or rounded activations with a scale per 32 columns (BLOCKS) or per token (TOKEN), see tile_kernels.
+        FLOAT, or rounded activations with a scale per 32 columns (BLOCKS) or per token (TOKEN); beside levels FLOAT
+        or SUPERS (per 256 columns). See tile_kernels.
 
     Returns
     -------
@@ -56,9 +58,9 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))
     y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
-    each = blocks * n  # of a panel: so many blocks of numbers, scales, and three times as many sums
+    each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
     codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
-    laid = np.empty(codes_bytes + 4 * scale_bytes, np.uint8)
+    laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
     at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
     laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
     lay_out, product = _lay_out(n), _product(tiles.form, kind != FLOAT, n)
@@ -178,17 +180,16 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 
 def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     """reference.matmul_rounded for float32 x. Without an integer product, floats are multiplied."""
-    per_block = isinstance(weight, GGUFBlocks)
+    block = activation_block(weight)
     if (tiles := tiles_of(weight)) and tiles.form.has_integers:
-        return tile_matmul(x, tiles, rounded_kind(per_block, bits))
-    codes, scale = quantize_activations(x, GGUF_BLOCK if per_block else 0, bits)
-    return matmul_float(dequantize_activations(codes, scale), weight)
+        return tile_matmul(x, tiles, rounded_kind(block, bits))
+    return matmul_float(round_activations(x, block, bits), weight)
 
 
 def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
-    """reference.codes_times. Kernels take codes of -127 to 127; the few that reach -128 have the readable text."""
+    """reference.codes_times. Kernels take codes of -127 to 127; the few that reach -128, and levels, have the text."""
     tiles = tiles_of(weight)
-    if not tiles or not tiles.form.has_integers or (x_codes == -128).any():
+    if not tiles or not tiles.form.has_integers or tiles.form.scale == "levels" or (x_codes == -128).any():
         return reference.codes_times(x_codes, weight)
     tokens, n = len(x_codes), 1 if len(x_codes) <= FEW_TOKENS else TOKENS
     panels = -(-tokens // n)
@@ -209,7 +210,7 @@ def _laid_codes(x_codes: np.ndarray, tiles: Tiles, panels: int, n: int) -> tuple
     x = np.ascontiguousarray(padded.reshape(panels, n, tiles.blocks, BLOCK).swapaxes(1, 2))  # [panel, block, n, 32]
     halves = x.reshape(*x.shape[:3], 2, BLOCK // 2).sum(axis=-1, dtype=np.int32)
     sums = np.stack([halves.sum(axis=-1, dtype=np.int32), halves[..., 0], halves[..., 1]], axis=2)
-    offset = laid_kind(tiles.form, rounded_kind(False, 8)) >> KINDS
+    offset = laid_kind(tiles.form, TOKEN) >> KINDS
     return x, -offset * sums if offset else sums.astype(np.float32)
 
 

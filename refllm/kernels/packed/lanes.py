@@ -413,6 +413,36 @@ def magnitude(typing, x):
 
 
 @intrinsic
+def magnitude_bits(typing, x):
+    """The bits of |x| as whole numbers: in the order of the numbers, infinity and NaN above them."""
+
+    def generate(context, b, sig, args):
+        return b.and_(b.bitcast(args[0], Ints.llvm), constant(Ints.llvm, 0x7FFFFFFF))
+
+    return Ints(Floats), generate
+
+
+def _emit_larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
+@intrinsic
+def larger_bits(typing, x, y):
+    """The larger of two unsigned whole numbers."""
+    return Ints(Ints, Ints), lambda context, b, sig, args: _emit_larger(b, *args)
+
+
+@intrinsic
+def largest_of_bits(typing, x):
+    """The float whose bits are the largest lane."""
+
+    def generate(context, b, sig, args):
+        return b.bitcast(emit_sum(b, args[0], lambda x, y: _emit_larger(b, x, y)), F32)
+
+    return types.float32(Ints), generate
+
+
+@intrinsic
 def larger(typing, x, y):
     """The larger of two numbers; of NaN and a number the number."""
     return x(x, x), lambda context, b, sig, args: _call(b, "maxnum", *args)
@@ -528,30 +558,49 @@ store_float, store_double = _number_store(types.float32, F32), _number_store(typ
 
 @intrinsic
 def store_whole(typing, address, value):
-    """A float that is a whole number, as a 32-bit integer to an address."""
+    """A whole number as a 32-bit integer to an address."""
 
     def generate(context, b, sig, args):
-        b.store(b.fptosi(args[1], I32), b.inttoptr(args[0], I32.as_pointer()), align=4)
+        b.store(b.trunc(args[1], I32), b.inttoptr(args[0], I32.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.float32), generate
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def store_split(typing, high, low, value):
+    """A whole number of magnitude 32,512 or less, 256 high + low, as two signed bytes to two addresses."""
+
+    def generate(context, b, sig, args):
+        rest = b.trunc(args[2], I8)
+        most = b.trunc(b.ashr(b.sub(args[2], b.sext(rest, I64)), I64(8)), I8)
+        for address, part in ((args[0], most), (args[1], rest)):
+            b.store(part, b.inttoptr(address, I8.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 @intrinsic
 def store_codes(typing, address, x, most):
-    """Sixteen whole numbers as bytes from -most to most, those beyond at the ends, NaN as 0; returns what it stored."""
+    """Sixteen whole numbers as bytes from -most to most, those beyond at the ends, NaN as 0; returns their sum."""
 
     def generate(context, b, sig, args):
         bytes_ = ir.VectorType(I8, LANES)
         number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
-        # Beyond only where the scale was rounded to one of the smallest numbers there are.
-        number = _call(b, "minnum", number, emit_splat(b, args[2]))
-        number = _call(b, "maxnum", number, emit_splat(b, b.fneg(args[2])))
-        codes = b.fptosi(number, bytes_)
+        # Beyond, by less than half, only where the scale was rounded to one of the smallest numbers there are.
+        whole, most = b.fptosi(number, Ints.llvm), emit_splat(b, b.trunc(args[2], I32))
+        whole = b.select(b.icmp_signed("<", whole, most), whole, most)
+        least = b.neg(most)
+        codes = b.trunc(b.select(b.icmp_signed(">", whole, least), whole, least), bytes_)
         b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
-        return b.sitofp(codes, Floats.llvm)
+        # Sums of unsigned bytes have an instruction on many processors.
+        unsigned = b.zext(b.xor(codes, constant(bytes_, -128)), Ints.llvm)
+        name = "llvm.vector.reduce.add.v16i32"
+        call = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [Ints.llvm]), name)
+        return b.sext(b.sub(b.call(call, [unsigned]), I32(128 * LANES)), I64)
 
-    return Floats(types.intp, Floats, types.float32), generate
+    return types.intp(types.intp, Floats, types.intp), generate
 
 
 @intrinsic

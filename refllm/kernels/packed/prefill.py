@@ -355,7 +355,7 @@ def own_bytes(most: int, dim: int, per_group: int) -> int:
 def laid_bytes(most: int, tokens: int) -> int:
     """Bytes of the activations of all tokens laid out: numbers, scales, sums."""
     panels = -(-tokens // TOKENS)
-    return (4 * most + most // 2) * TOKENS * panels
+    return (4 * most + most // 8 * 5) * TOKENS * panels
 
 
 @cache

@@ -33,10 +33,11 @@ from refllm.kernels.packed.simd import (
     shuffle,
     target_features,
 )
-from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, Form
+from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, SUPER, Form
 
 BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
+HALVES = ir.VectorType(I16, LANES)
 QUADS = BLOCK // 4  # fours of columns in a block
 X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
 ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
@@ -178,6 +179,22 @@ def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.
     return emit_together(b, [b.call(call, quarter) for quarter in quarters])
 
 
+def _dot_sums(b: ir.IRBuilder, form: Form, quads: range, codes: ir.Value, x: ir.Value, begin, n: int) -> list[ir.Value]:
+    """Sums of code * x over some fours of columns, one a token; begin : the address of int32 to begin with, or None."""
+    sums = [constant(Ints.llvm, 0)] * n
+    if begin is not None:
+        sums = [emit_splat(b, emit_load(b, begin, 4 * i, I32)) for i in range(n)]
+    for quad, some in zip(quads, _code_quads(b, codes, form, quads), strict=True):
+        for i in range(n):
+            sums[i] = _add_dot(b, dot_form(form.width), sums[i], some, _four(b, x, BLOCK * i + 4 * quad))
+    return sums
+
+
+def _four(b: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+    """Four bytes behind an address, repeated in every lane."""
+    return b.bitcast(emit_splat(b, emit_load(b, address, offset, I32)), BYTES)
+
+
 @cache
 def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
     """A word: sums of code * x over a block (parts = 1) or one half of it (parts = 2), as floats: exact.
@@ -185,23 +202,105 @@ def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
     Its arguments are the address of the block's codes; that of n times 32 int8 numbers, one token after another; and
     that of n int32 numbers, with which the sums begin if `begins`.
     """
-    quads, kind, dot = _quads(part, parts), several(Floats, n), dot_form(form.width)
+    quads, kind = _quads(part, parts), several(Floats, n)
 
     @intrinsic
     def sums_of_products(typing, codes, x, begin):
         def generate(context, b, sig, args):
-            sums = [constant(Ints.llvm, 0)] * n
-            if begins:
-                sums = [emit_splat(b, emit_load(b, args[2], 4 * i, I32)) for i in range(n)]
-            for quad, some in zip(quads, _code_quads(b, args[0], form, quads), strict=True):
-                for i in range(n):
-                    four = b.bitcast(emit_splat(b, emit_load(b, args[1], BLOCK * i + 4 * quad, I32)), BYTES)
-                    sums[i] = _add_dot(b, dot, sums[i], some, four)
+            codes, x, begin = args
+            sums = _dot_sums(b, form, quads, codes, x, begin if begins else None, n)
             return emit_join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
 
         return kind(types.intp, types.intp, types.intp), generate
 
     return sums_of_products
+
+
+@intrinsic(prefer_literal=True)
+def whole_zeros(typing, n):
+    """n vectors of the integer 0."""
+    kind = several(Ints, n.literal_value)
+    return kind(n), lambda context, b, sig, args: ir.Constant(kind.llvm, [constant(Ints.llvm, 0)] * kind.n)
+
+
+@cache
+def level_products(form: Form, part: int, n: int, begins: bool):
+    """A word for levels: total + level * 2^shift * (sum of code * x over a part of a block), all of it integers.
+
+    Its arguments are n totals, the three addresses of integer_products, those of sixteen levels and of n shifts. The
+    total of a super-block stays below 2^30: 16 parts of 16 columns with codes to 32, levels to 128, shifts to 3 (Q6_K).
+    """
+    quads, kind = _quads(part, form.parts), several(Ints, n)
+
+    @intrinsic
+    def add_level_products(typing, total, codes, x, begin, levels, shifts):
+        def generate(context, b, sig, args):
+            total, codes, x, begin, levels, shifts = args
+            sums = _dot_sums(b, form, quads, codes, x, begin if begins else None, n)
+            level = b.sext(emit_load(b, levels, 0, ir.VectorType(I8, LANES)), Ints.llvm)
+            sums = [_shifted(b, some, emit_load(b, shifts, 4 * i, I32)) for i, some in enumerate(sums)]
+            return emit_join(b, kind, [b.add(b.extract_value(total, i), b.mul(level, sums[i])) for i in range(n)])
+
+        return kind(kind, *[types.intp] * 5), generate
+
+    return add_level_products
+
+
+def _shifted(b: ir.IRBuilder, value: ir.Value, count: ir.Value) -> ir.Value:
+    """Integers shifted left by one count. LLVM would shift all lanes by a register, which takes longer to fill."""
+    counts = emit_splat(b, count)
+    if "+avx512f" not in target_features():
+        return b.shl(value, counts)
+    return b.call(_function(b, "llvm.x86.avx512.psllv.d.512", *[Ints.llvm] * 3), [value, counts])
+
+
+@cache
+def super_block_product(form: Form, n: int):
+    """A word for levels: top * total - bottom top * (sum over parts of minimum level * sum of x), as floats.
+
+    Its arguments are the total of level_products and the addresses of the super-block's tops, minimum levels and sums.
+    """
+    kind, groups = several(Floats, n), SUPER // BLOCK * form.parts
+
+    @intrinsic
+    def scaled(typing, total, tops, levels, sums):
+        def generate(context, b, sig, args):
+            total, tops, levels, sums = args
+            times_top = lambda whole, at: b.fmul(
+                b.sitofp(whole, Floats.llvm), emit_half_to_float(b, emit_load(b, tops, at, HALVES))
+            )
+            made = [times_top(b.extract_value(total, i), 0) for i in range(n)]
+            if form.low == "levels":
+                minima = _minimum_sums(b, groups, levels, sums, n)
+                made = [b.fsub(x, times_top(y, 2 * LANES)) for x, y in zip(made, minima, strict=True)]
+            return emit_join(b, kind, made)
+
+        return kind(total, types.intp, types.intp, types.intp), generate
+
+    return scaled
+
+
+def _minimum_sums(b: ir.IRBuilder, groups: int, levels: ir.Value, sums: ir.Value, n: int) -> list[ir.Value]:
+    """Sum over the groups of a super-block of level * 2^shift * sum of x, the latter as two bytes (split_words)."""
+    words, first = groups // 4, split_words(groups)
+    high, low = ([constant(Ints.llvm, 0)] * n for _ in range(2))
+    for w in range(words):
+        some = emit_load(b, levels, 64 * w, BYTES)  # four groups of sixteen rows: one of each, row by row
+        some = shuffle(b, some, [LANES * c + r for r in range(LANES) for c in range(4)])
+        for i in range(n):
+            high[i] = _add_dot(b, dot_form(6), high[i], some, _four(b, sums, 4 * (n * (first + w) + i)))
+            low[i] = _add_dot(b, dot_form(6), low[i], some, _four(b, sums, 4 * (n * (first + words + w) + i)))
+    return [b.add(b.shl(x, constant(Ints.llvm, 8)), y) for x, y in zip(high, low, strict=True)]
+
+
+def split_words(groups: int) -> int:
+    """Where, among the words of a super-block's sums, those of so many groups begin.
+
+    2^shift times the sum of codes takes two bytes, 256 high + low, so that it is multiplied as codes are. Four groups
+    share a word: words 0 and 1 have the high bytes of the 8 blocks, 2 and 3 the low ones, 4 to 7 and 8 to 11 those of
+    the 16 halves.
+    """
+    return 0 if groups == SUPER // BLOCK else 4
 
 
 @cache

@@ -1,7 +1,7 @@
 """Records of quantized weights: codes on an integer grid, with a zero point or a minimum, and GGUF blocks."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -294,7 +294,36 @@ class GGUFBlocks(BaseRecord):
 
     def whole(self, ids: np.ndarray | slice) -> Whole:
         """Some rows as whole numbers, with the scale and minimum of each group."""
-        data, blocks = self.data[ids], self.columns // self.layout.block_size
-        terms = self.layout.read(data.reshape(-1, self.layout.bytes_per_block))
+        terms = self._terms(ids)
+        rows = -1, self.columns // self.layout.block_size
         arrays = terms.whole, *terms.of_groups
-        return Whole(*(None if a is None else a.reshape(len(data), blocks * a.shape[1]) for a in arrays))
+        return Whole(*(None if a is None else a.reshape(-1, rows[1] * a.shape[1]) for a in arrays))
+
+    def levels(self, ids: np.ndarray | slice) -> tuple:
+        """Some rows of a type that has levels, taken apart: w = d * whole + low * minimum.
+
+        Returns
+        -------
+        d, whole, low, minimum : (k, in / 256) float32, (k, in / 256, 256) float64, and the same once more
+            whole = level * number and minimum, the minimum level of each column, are whole numbers. A type without
+            minima has None for low and minimum.
+        """
+        terms = self._terms(ids)
+        shape = -1, self.columns // self.layout.block_size, self.layout.block_size
+        wide = lambda levels: np.repeat(levels.astype(np.float64), shape[2] // levels.shape[1], axis=1)
+        d, whole = terms.scale.reshape(shape[:2]), (wide(terms.levels) * terms.whole).reshape(shape)
+        if terms.low is None:
+            return d, whole, None, None
+        return d, whole, terms.low.reshape(shape[:2]), wide(terms.low_levels).reshape(shape)
+
+    def _terms(self, ids):
+        return self.layout.read(self.data[ids].reshape(-1, self.layout.bytes_per_block))
+
+
+@cache
+def has_levels(type_name: str) -> bool:
+    """Whether blocks of a GGUF type have small integer scales under a float16 one: K-quants and IQ4_XS."""
+    from refllm.formats import blocks
+
+    form = blocks.BLOCKS[type_name]
+    return form.read(np.zeros((1, form.bytes_per_block), np.uint8)).levels is not None

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
+from refllm.kernels.packed.activations import (
+    BLOCK,
+    SUPER_BLOCK,
+    dequantize_activations,
+    quantize_activations,
+    quantize_shifted,
+)
 from refllm.kernels.packed.base import Whole
-from refllm.kernels.packed.quantized import GGUFBlocks
+from refllm.kernels.packed.quantized import GGUFBlocks, has_levels
 
 BLOCK_ELEMENTS = 1 << 20  # weights decoded at a time: 4 MB of float32
-GGUF_BLOCK = 32  # columns per activation scale beside GGUF weights
 RUN = 32  # columns whose products with rounded activations are summed at once
 LACKING = np.int64((1 << 29) - 1)  # bits of a float64's mantissa that float32 has not
 
@@ -43,11 +48,27 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
         total = fma(x_scale * (sum of x_code * number), scale, total)
         total = fma(low, x_scale * (sum of x_code), total)
 
-    in float32, where the sums are exact and an fma rounds once. A kernel that takes the same steps gets the same bits.
-    Other weights are multiplied as floats.
+    in float32, where the sums are exact and an fma rounds once. K-quants (w = d * whole + low * minimum, whole numbers
+    and minima being products of levels) have one scale per 256 columns, and a power of two for every 32 of them
+    (quantize_shifted), and block by block of 256, from 0 on,
+
+        total += x_scale * (d * (sum of whole * 2^shift x_code) + low * (sum of minimum * 2^shift x_code))
+
+    with the sums in integers. A kernel that takes the same steps gets the same bits. Other weights are multiplied as
+    floats.
     """
-    codes, steps = quantize_activations(x.astype(np.float32), GGUF_BLOCK if isinstance(weight, GGUFBlocks) else 0, bits)
+    block = activation_block(weight)
+    if block == SUPER_BLOCK:
+        return _add_super_blocks(x.astype(np.float32), weight, bits).astype(x.dtype)
+    codes, steps = quantize_activations(x.astype(np.float32), block, bits)
     return codes_times(codes, weight, steps).astype(x.dtype)
+
+
+def activation_block(weight) -> int:
+    """Columns that share a scale of rounded activations beside a weight; 0: all of a token."""
+    if not isinstance(weight, GGUFBlocks):
+        return 0
+    return SUPER_BLOCK if has_levels(weight.type_name) else BLOCK
 
 
 def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
@@ -97,6 +118,23 @@ def _add_runs(codes: np.ndarray, steps: np.ndarray, weight: Whole) -> np.ndarray
                     of = step * codes[:, run].sum(axis=1, keepdims=True)
                     total = fma(weight.low[:, start // group], of, total)
     return total
+
+
+def _add_super_blocks(x: np.ndarray, weight: GGUFBlocks, bits: int) -> np.ndarray:
+    """The sums of matmul_rounded beside levels: (tokens, in) -> (tokens, out) float32."""
+    codes, x_scale, shift = quantize_shifted(x, bits)
+    y = np.zeros((len(x), weight.shape[0]), np.float32)
+    # Exact in float64 (below 2^53), and there BLAS makes them.
+    shifted = np.ldexp(codes.astype(np.float64), np.repeat(shift, BLOCK, axis=1)).reshape(len(x), -1, SUPER_BLOCK)
+    with np.errstate(invalid="ignore"):
+        for ids in row_blocks(weight.shape, BLOCK_ELEMENTS // 4):
+            d, whole, low, minimum = weight.levels(ids)
+            for s in range(x_scale.shape[1]):
+                product = (shifted[:, s] @ whole[:, s].T).astype(np.float32) * d[:, s]
+                if low is not None:
+                    product += (shifted[:, s] @ minimum[:, s].T).astype(np.float32) * low[:, s]
+                y[:, ids] += product * x_scale[:, s, None]
+    return y
 
 
 def fma(x: np.ndarray, y: np.ndarray, addend: np.ndarray) -> np.ndarray:

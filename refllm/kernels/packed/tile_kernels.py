@@ -10,6 +10,12 @@ Activations (of `n` tokens together, a panel) as a kernel reads them, each behin
     scale  [panel, block, n]       float32: x = scale * code; not read with float32 activations
     sums   [panel, block, 3, n]    sum of the 32 numbers x, of the first 16, of the last 16: as float32; or, for forms
                                    with a constant zero and int8 codes, -zero times it as int32 (laid_kind)
+
+Beside levels, int8 codes of SUPER columns have one scale and those of a block a shift (activations.quantize_shifted):
+
+    scale  [panel, block, n]       the same for all blocks of a super-block
+    sums   [panel, super, 32, n]   words 0 to 23: as above, int32 [8, 3, n], or for minimum levels split_words of
+                                   products.py; 24 to 31: the shifts, int32
 """
 
 from functools import cache
@@ -18,14 +24,15 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
+from refllm.kernels.packed.activations import SHIFTS
 from refllm.kernels.packed.compile import compile_address
 from refllm.kernels.packed.lanes import (
     divide,
     every,
     fma,
-    lane_max,
     lane_sum,
-    larger,
+    larger_bits,
+    largest_of_bits,
     load_floats,
     load_halves,
     load_powers,
@@ -33,7 +40,7 @@ from refllm.kernels.packed.lanes import (
     load_ue4m3,
     load_unsigned,
     load_whole,
-    magnitude,
+    magnitude_bits,
     minus_product,
     nearest,
     plus,
@@ -42,6 +49,7 @@ from refllm.kernels.packed.lanes import (
     store_codes,
     store_float,
     store_floats,
+    store_split,
     store_tokens,
     store_whole,
     times,
@@ -52,8 +60,12 @@ from refllm.kernels.packed.products import (
     float_products,
     integer_products,
     kept_products,
+    level_products,
     picked_products,
     sixteen_in_registers,
+    split_words,
+    super_block_product,
+    whole_zeros,
 )
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
@@ -64,9 +76,11 @@ from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_
 # take one of 32 registers of AVX-512 and two of the 16 of AVX2.
 TOKENS = 12 if "+avx512f" in target_features() else 6
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
-# Kinds of activations: as they are; int8 with a scale per 32 columns, or per token; and FOUR added: 4 bits of the 8.
-FLOAT, BLOCKS, TOKEN, FOUR = 0, 1, 2, 4
+# Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
+# SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
+FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
 KINDS = 3  # bits of a kind
+HALVES_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 24, 32
 # Of a table of addresses: codes, scale, low, tops, blocks, per, values, factor, first, where, blocks of a kept one.
 FIELDS = 11
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
@@ -77,9 +91,9 @@ def _begins(form: Form, integers: bool) -> bool:
     return integers and form.low == "constant" and form.offset > 0 and form.layout != "pairs"
 
 
-def rounded_kind(per_block: bool, bits: int) -> int:
-    """The kind of activations rounded to 8 or 4 bits."""
-    return (BLOCKS if per_block else TOKEN) + (FOUR if bits == 4 else 0)
+def rounded_kind(block: int, bits: int) -> int:
+    """The kind of activations rounded to 8 or 4 bits, so many columns with one scale (reference.activation_block)."""
+    return {0: TOKEN, BLOCK: BLOCKS, SUPER: SUPERS}[block] + (FOUR if bits == 4 else 0)
 
 
 def laid_kind(form: Form, kind: int) -> int:
@@ -272,47 +286,82 @@ def _blocks_text(form: Form, integers: bool, n: int):
 
 def _levels_text(form: Form, integers: bool, n: int):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
-    offset, block_bytes, low_levels, two = form.offset, form.block_bytes, form.low == "levels", form.parts == 2
-    top_bytes, level_bytes = 2 * ROWS * (2 if low_levels else 1), ROWS * form.parts
-    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
     above = SUPER // BLOCK
-    add_first, add_second = (_products(form, integers, n, part) for part in (0, form.parts - 1))
+    code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
+    x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
+    sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
+    add_super = (_integer_super if integers else _float_super)(form, n)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
         blocks = word(weight, 4)
+        supers = blocks // above
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
                 for panel in range(start, min(start + PANELS, panels)):
                     total = zeros(n)
-                    code = codes + tile * blocks * block_bytes
-                    some = x + panel * blocks * x_bytes
-                    steps, sums = x_scale + panel * blocks * step_bytes, x_sums + panel * blocks * sum_bytes
-                    at, under = scale + tile * blocks * level_bytes, low + tile * blocks * level_bytes
-                    top = tops + tile * (blocks // above) * top_bytes
-                    zero, table = every(offset), every(0)
-                    for _ in range(blocks // above):
-                        d = load_halves(top)
-                        dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
-                        for _ in range(above):
-                            step = splats(steps, n)
-                            s = times(d, load_signed(at))
-                            lowest = times(dmin, load_unsigned(under)) if low_levels else s
-                            total = add_first(total, code, some, step, sums, s, zero, lowest, table)
-                            if two:
-                                s = times(d, load_signed(at + ROWS))
-                                lowest = times(dmin, load_unsigned(under + ROWS)) if low_levels else s
-                                total = add_second(total, code, some, step, sums, s, zero, lowest, table)
-                            code += block_bytes
-                            some += x_bytes
-                            steps += step_bytes
-                            sums += sum_bytes
-                            at += level_bytes
-                            under += level_bytes
-                        top += top_bytes
+                    code, top = codes + tile * supers * code_bytes, tops + tile * supers * top_bytes
+                    level, lowest = scale + tile * supers * level_bytes, low + tile * supers * level_bytes
+                    at = panel * supers
+                    some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                    for _ in range(supers):
+                        total = add_super(total, code, level, lowest, top, some, steps, sums)
+                        code, top = code + code_bytes, top + top_bytes
+                        level, lowest = level + level_bytes, lowest + level_bytes
+                        some, steps, sums = some + x_bytes, steps + step_bytes, sums + sum_bytes
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
     return tile_product
+
+
+def _float_super(form: Form, n: int):
+    """Adds the product of a super-block and float activations."""
+    low_levels, two, block_bytes = form.low == "levels", form.parts == 2, form.block_bytes
+    above, levels, offset, x_bytes, step_bytes, sum_bytes = (
+        SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
+    )  # fmt: skip
+    add_first, add_second = (_products(form, False, n, part) for part in (0, form.parts - 1))
+
+    @register_jitable(forceinline=True)
+    def add_super(total, code, level, lowest, top, x, steps, sums):
+        zero, table, d = every(offset), every(0), load_halves(top)
+        dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
+        for _ in range(above):
+            step = splats(steps, n)
+            s = times(d, load_signed(level))
+            m = times(dmin, load_unsigned(lowest)) if low_levels else s
+            total = add_first(total, code, x, step, sums, s, zero, m, table)
+            if two:
+                s = times(d, load_signed(level + ROWS))
+                m = times(dmin, load_unsigned(lowest + ROWS)) if low_levels else s
+                total = add_second(total, code, x, step, sums, s, zero, m, table)
+            code, level, lowest = code + block_bytes, level + levels, lowest + levels
+            x, steps, sums = x + x_bytes, steps + step_bytes, sums + sum_bytes
+        return total
+
+    return add_super
+
+
+def _integer_super(form: Form, n: int):
+    """Adds the product of a super-block and codes with one scale: the scale times whole numbers times float16 ones."""
+    above, levels, two, block_bytes = SUPER // BLOCK, ROWS * form.parts, form.parts == 2, form.block_bytes
+    x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
+    shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
+    add_first, add_second = (level_products(form, part, n, _begins(form, True)) for part in (0, form.parts - 1))
+    scaled = super_block_product(form, n)
+
+    @register_jitable(forceinline=True)
+    def add_super(total, code, level, lowest, top, x, steps, sums):
+        whole, begin, shift = whole_zeros(n), sums, sums + shifts_at
+        for _ in range(above):
+            whole = add_first(whole, code, x, begin + first_sums, level, shift)
+            if two:
+                whole = add_second(whole, code, x, begin + second_sums, level + ROWS, shift)
+            code, level, x = code + block_bytes, level + levels, x + x_bytes
+            begin, shift = begin + sum_bytes, shift + shift_bytes
+        return plus(total, times(scaled(whole, top, lowest, sums), splats(steps, n)))
+
+    return add_super
 
 
 def _bitmask_text(form: Form, n: int):
@@ -367,58 +416,108 @@ def _vectors_text(form: Form, n: int):
 
 @register_jitable
 def _amax(x, columns):
-    """The largest magnitude of `columns` floats (a multiple of 32) and, added to it, NaN if one is not finite."""
-    top, alarm = every(0), every(0)
-    for c in range(0, columns, 16):
-        some = load_floats(x + 4 * c)
-        top = larger(top, magnitude(some))
-        alarm = plus(alarm, times(some, every(0)))
-    return lane_max(top) + lane_sum(alarm)
+    """The largest magnitude of `columns` floats (a multiple of 32): of any NaN is one."""
+    even, odd = magnitude_bits(load_floats(x)), magnitude_bits(load_floats(x + 64))
+    for c in range(BLOCK, columns, BLOCK):
+        even = larger_bits(even, magnitude_bits(load_floats(x + 4 * c)))
+        odd = larger_bits(odd, magnitude_bits(load_floats(x + 4 * c + 64)))
+    return largest_of_bits(larger_bits(even, odd))
+
+
+@register_jitable
+def _halves(source, known):
+    """A block of activations; zeros for a token that fills a panel up."""
+    return (load_floats(source), load_floats(source + 64)) if known else (every(0), every(0))
+
+
+@register_jitable
+def _store_rounded(x, low, high, scale, most):
+    """A block's codes; returns the sums of their halves."""
+    # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
+    divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
+    first = store_codes(x, nearest(divide(low, divisor)), most)
+    return first, store_codes(x + BLOCK // 2, nearest(divide(high, divisor)), most)
+
+
+@register_jitable
+def _store_begins(sums, n, offset, first, second):
+    """What the sums of a product begin with."""
+    store_whole(sums, -offset * (first + second))
+    store_whole(sums + 4 * n, -offset * first)
+    store_whole(sums + 8 * n, -offset * second)
+
+
+@register_jitable
+def _store_sums(sums, n, first, second):
+    store_float(sums, first + second)
+    store_float(sums + 4 * n, first)
+    store_float(sums + 8 * n, second)
+
+
+@register_jitable
+def _lay_super(source, known, n, most, offset, x, x_scale, sums):
+    """A super-block of one token; reference: quantize_shifted."""
+    amax = _amax(source, SUPER) if known else np.float32(0)
+    scale = amax / np.float32(most) * np.float32(0.5**SHIFTS)
+    for block in range(SUPER // BLOCK):
+        here = source + 4 * BLOCK * block
+        own, step, shift = _amax(here, BLOCK) if known else np.float32(0), scale, 0
+        for _ in range(SHIFTS):  # until the codes reach far enough
+            own += own
+            if not own <= amax:
+                step, shift = step + step, shift + 1
+        low, high = _halves(here, known)
+        first, second = _store_rounded(x + n * BLOCK * block, low, high, step, most)
+        store_float(x_scale + 4 * n * block, scale)
+        store_whole(sums + 4 * n * (SHIFTS_AT + block), shift)
+        if offset > 0:
+            _store_begins(sums + 12 * n * block, n, offset, first, second)
+        else:
+            at = sums + 4 * n * (block // 4) + block % 4
+            store_split(at, at + 8 * n, first + second << shift)
+            at = sums + 4 * n * (HALVES_AT + block // 2) + block % 2 * 2
+            store_split(at, at + 16 * n, first << shift)
+            store_split(at + 1, at + 16 * n + 1, second << shift)
 
 
 def lay_out_text(n: int):
-    """Activations of the panels first <= panel < last as the products read them; reference: quantize_activations.
+    """Activations of the panels first <= panel < last as the products read them; reference: activations.py.
 
     source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32. kind : laid_kind.
     """
 
     def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
-        blocks, offset, kind = columns // BLOCK, np.float32(kind >> KINDS), kind & (1 << KINDS) - 1
-        most, kind = np.float32(7 if kind & FOUR else 127), kind & ~FOUR
+        blocks, offset, kind = columns // BLOCK, kind >> KINDS, kind & (1 << KINDS) - 1
+        most, kind = 7 if kind & FOUR else 127, kind & ~FOUR
         for panel in range(first, last):
             for i in range(n):
-                token = panel * n + i
-                row = source + token * stride
-                amax = _amax(row, columns) if kind == TOKEN and token < tokens else np.float32(0)
-                for block in range(blocks):
-                    at = (panel * blocks + block) * n + i
-                    sums = x_sums + 4 * ((panel * blocks + block) * 3 * n + i)
-                    here = row + 4 * BLOCK * block
-                    low, high, scale = every(0), every(0), np.float32(0)
-                    if token < tokens:
-                        low, high = load_floats(here), load_floats(here + 64)
+                token, here = panel * n + i, source + (panel * n + i) * stride
+                known, at = token < tokens, panel * blocks * n + i
+                if kind == SUPERS:
+                    sums = x_sums + 4 * (panel * (blocks * BLOCK // SUPER) * SUPER_WORDS * n + i)
+                    for _ in range(blocks * BLOCK // SUPER):
+                        _lay_super(here, known, n, most, offset, x + BLOCK * at, x_scale + 4 * at, sums)
+                        here, at, sums = here + 4 * SUPER, at + SUPER // BLOCK * n, sums + 4 * SUPER_WORDS * n
+                    continue
+                scale, sums = np.float32(kind == FLOAT), x_sums + 4 * (panel * blocks * 3 * n + i)
+                if kind == TOKEN and known:
+                    scale = _amax(here, columns) / np.float32(most)
+                for _ in range(blocks):
+                    low, high = _halves(here, known)
                     if kind == FLOAT:
                         store_floats(x + 4 * BLOCK * at, low)
                         store_floats(x + 4 * BLOCK * at + 64, high)
-                        scale = np.float32(1)
+                        _store_sums(sums, n, lane_sum(low), lane_sum(high))
                     else:
-                        if kind == BLOCKS and token < tokens:
-                            amax = _amax(here, BLOCK)
-                        scale = amax / most
-                        # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
-                        divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
-                        low = store_codes(x + BLOCK * at, nearest(divide(low, divisor)), most)
-                        high = store_codes(x + BLOCK * at + 16, nearest(divide(high, divisor)), most)
+                        if kind == BLOCKS and known:
+                            scale = _amax(here, BLOCK) / np.float32(most)
+                        first_half, second_half = _store_rounded(x + BLOCK * at, low, high, scale, most)
+                        if offset > 0:
+                            _store_begins(sums, n, offset, first_half, second_half)
+                        else:
+                            _store_sums(sums, n, np.float32(first_half), np.float32(second_half))
                     store_float(x_scale + 4 * at, scale)
-                    first_half, second_half = lane_sum(low), lane_sum(high)
-                    if offset > 0:
-                        store_whole(sums, -offset * (first_half + second_half))
-                        store_whole(sums + 4 * n, -offset * first_half)
-                        store_whole(sums + 8 * n, -offset * second_half)
-                    else:
-                        store_float(sums, first_half + second_half)
-                        store_float(sums + 4 * n, first_half)
-                        store_float(sums + 8 * n, second_half)
+                    here, at, sums = here + 4 * BLOCK, at + n, sums + 12 * n
 
     return lay_out
 

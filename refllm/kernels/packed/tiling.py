@@ -97,6 +97,11 @@ class Form:
         return self.code_bytes + (ROWS * BLOCK // 4 if self.layout == "pairs" else 0)
 
     @property
+    def tops(self) -> int:
+        """Float16 numbers of a row over the levels of a super-block."""
+        return 2 if self.low == "levels" else 1
+
+    @property
     def key(self) -> str:
         """A name for file names."""
         key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"

@@ -41,7 +41,8 @@ def check_tiles(weight, W, counts=(1, 13)):
     tiles = tiles_of(weight)
     for tokens in counts if tiles else ():
         x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
-        for kind in range(3) if tiles.form.has_integers else (tile_kernels.FLOAT,):
+        kinds = (tile_kernels.FLOAT, tile_kernels.SUPERS) if tiles.form.scale == "levels" else range(3)
+        for kind in kinds if tiles.form.has_integers else (tile_kernels.FLOAT,):
             product = fast.tile_matmul(guarded(x), tight(tiles), kind)
             assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 

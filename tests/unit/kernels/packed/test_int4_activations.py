@@ -11,14 +11,13 @@ from refllm import load
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, matmul, reference
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
-from refllm.kernels.packed.records import GGUFBlocks
 from refllm.kernels.packed.tile_kernels import TOKENS, rounded_kind
 from refllm.methods.apply import compress
 from refllm.model.llama import forward
 from tests.strategies import ACTIVATION_ROWS
 from tests.unit.kernels.packed.test_records import coded, one_of_each
 from tests.unit.kernels.packed.test_tables import MANY_CASES
-from tests.unit.kernels.packed.test_tile_kernels import drawn_activations, laid_out, tolerance
+from tests.unit.kernels.packed.test_tile_kernels import drawn_activations, kind_of, laid_out, rounded, tolerance
 from tests.unit.kernels.packed.test_tiling import gguf_blocks, int_weight
 
 FORMS = ("S4", "A4", "S8", "Q4_0", "Q8_0", "Q4_K")
@@ -40,9 +39,9 @@ def weight_of(form, rows, seed, largest):
 )
 def test_codes_bit_for_bit(n, count, kinds, seed):
     x = drawn_activations(32 * count, kinds, seed)
-    for per_block in (False, True):
-        expected, steps = quantize_activations(x, 32 * per_block, 4)
-        codes, scale, sums = laid_out(x, rounded_kind(per_block, 4), n)
+    for block in (0, 32):
+        expected, steps = quantize_activations(x, block, 4)
+        codes, scale, sums = laid_out(x, rounded_kind(block, 4), n)
         assert np.abs(expected).max() <= 7 and np.array_equal(codes[: len(x)], expected)
         assert np.array_equal(scale[: len(x)], np.broadcast_to(steps, scale[: len(x)].shape))
         assert np.array_equal(sums[: len(x), :, 0], expected.reshape(len(x), -1, 32).sum(-1, dtype=int))
@@ -59,12 +58,13 @@ def test_codes_bit_for_bit(n, count, kinds, seed):
 def test_products_within_the_bound(form, rows, kinds, seed, largest):
     weight = weight_of(form, rows, seed, largest)
     x = drawn_activations(weight.columns, kinds, seed)
-    codes, scale = quantize_activations(x, 32 * isinstance(weight, GGUFBlocks), 4)
-    seen = codes * np.repeat(scale.astype(np.float64), x.shape[1] // scale.shape[1], axis=1)
+    seen = rounded(x, kind_of(weight), 4)
     y = fast.matmul_rounded(x, weight, 4)
     assert (np.abs(y - reference.matmul_float(seen, weight)) <= tolerance(seen, weight)).all()
     assert np.array_equal(y, reference.matmul_rounded(x, weight, 4))
     assert np.array_equal(fast.matmul_rounded(np.resize(x, (13, weight.columns)), weight, 4)[: len(x)], y)
+    if form == "Q4_K":
+        assert np.array_equal(y, reference.matmul_rounded(x, weight, 4))
 
 
 @pytest.mark.parametrize("form", ["S4", "A4", "S8"])

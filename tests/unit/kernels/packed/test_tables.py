@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refllm.formats import blocks
 from refllm.formats.dtypes import FORMATS
 from refllm.kernels.packed import fast, matmul, reference, tables
-from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
+from refllm.kernels.packed.activations import round_activations
 from refllm.kernels.packed.codes import DYNAMIC8, OWN, scale_shape, table_values
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, int8_rows, nvfp4
 from refllm.kernels.packed.records import CodeWeight, GGUFBlocks, Sparse24, SparseRows, Sum, TableRows
@@ -58,7 +58,7 @@ def check_product(product, x, W, scale=1.0):
 
 
 def rounded(x, block=0):
-    return dequantize_activations(*quantize_activations(x, block))
+    return round_activations(x, block)
 
 
 def tokens_and(columns, many=True):
@@ -76,7 +76,7 @@ def test_gguf_types_within_the_bound(name, data, rows, count, seed):
     x, W = data.draw(tokens_and(weight.columns, name not in FEW_TOKENS)), weight.dense()
     largest = float(np.abs(W).max())
     check_product(lambda x: fast.matmul_float(x, weight), x, W, largest)
-    x_rounded = rounded(x, 32)
+    x_rounded = rounded(x, reference.activation_block(weight))
     with np.errstate(all="ignore"):
         y = fast.matmul_int8(x, weight)
         exact = x_rounded.astype(np.float64) @ W.T.astype(np.float64)

@@ -19,11 +19,11 @@ from numba import types
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, products, reference, simd, threads, tile_kernels
-from refllm.kernels.packed.activations import quantize_activations
+from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
-from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, TOKEN, TOKENS
-from refllm.kernels.packed.tiled import tiles_of
+from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, rounded_kind
+from refllm.kernels.packed.tiled import form_of, tiles_of
 from refllm.kernels.packed.tiling import Form
 from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma
 from tests.unit.kernels.packed.test_tiling import GGUF, gguf_blocks, int_weight
@@ -71,7 +71,7 @@ def tolerance(x, weight):
     halves (float activations) or the product with the activations' step (int8); the product of a scale with its top
     one; the sum into the total, with all later ones of the row: one a part of a block, another for its minimum. Of a
     minimum: the sum of 32 activations (5 levels), times the step, times the top scale. Two more are those of the
-    decoded weight.
+    decoded weight. (Levels with int8 need far fewer.)
 
     What underflows is wrong by half of 2^-149 at most, before it meets the scale or minimum.
     """
@@ -85,18 +85,27 @@ def tolerance(x, weight):
     return gamma(roundings) * (np.abs(x).astype(np.float64) @ large.T) + absolute
 
 
-def rounded(x, kind):
+def rounded(x, kind, bits=8):
     """Activations as a product of this kind sees them, float64."""
     if kind == FLOAT:
         return x.astype(np.float64)
-    codes, scale = quantize_activations(x, 32 if kind == BLOCKS else 0)
+    if kind == SUPERS:
+        codes, scale, shift = quantize_shifted(x, bits)
+        scale = np.ldexp(np.repeat(scale.astype(np.float64), 8, axis=1), shift)
+    else:
+        codes, scale = quantize_activations(x, 32 if kind == BLOCKS else 0, bits)
     wide = np.repeat(scale.astype(np.float64), x.shape[1] // scale.shape[1], axis=1)
     return codes * wide
 
 
 def kind_of(weight):
     """How the activations beside a weight are rounded."""
-    return BLOCKS if isinstance(weight, GGUFBlocks) else TOKEN
+    return rounded_kind(reference.activation_block(weight), 8)
+
+
+def kinds_of(weight):
+    """All that its product takes."""
+    return (FLOAT, SUPERS) if kind_of(weight) == SUPERS else (FLOAT, BLOCKS, TOKEN)
 
 
 def drawn_activations(columns, kinds, seed):
@@ -148,7 +157,7 @@ def whole_weight(form, rows, columns, seed, largest):
     return GGUFBlocks(layout.pack(**fields).reshape(rows, -1), form, columns)
 
 
-def check_whole_numbers(form, tokens=1, all_kinds=(FLOAT, BLOCKS, TOKEN)):
+def check_whole_numbers(form, tokens=1, floats=True):
     """With such a weight and whole activations every float on the way is a whole number: the product is exact."""
     columns = 256 if form in GGUF or GRIDS[form][3] is HALVES_OF else 160
     for seed, largest in enumerate((False, True)):
@@ -156,11 +165,11 @@ def check_whole_numbers(form, tokens=1, all_kinds=(FLOAT, BLOCKS, TOKEN)):
         W, tiles = weight.dense().astype(np.int64), tiles_of(weight)
         rng = np.random.default_rng(seed)
         for x in (rng.integers(-127, 128, columns), np.full(columns, 127), np.full(columns, -127)):
-            x[::32] = 127  # so that every block's step is 1
+            x[::32] = 127  # so that every step is 1
             exact = x @ W.T
             assert np.abs(exact).max() < 2**24 and np.array_equal(exact, np.rint(weight.dense()).astype(np.int64) @ x)
             x = np.resize(x.astype(np.float32), (tokens, columns))
-            for kind in all_kinds:
+            for kind in kinds_of(weight)[not floats :]:
                 assert (tile_matmul(x, tiles, kind) == exact).all(), (form, largest, kind)
             assert (reference.matmul_int8(x, weight) == exact).all()
 
@@ -179,10 +188,12 @@ def laid_out(x, kind, n):
     codes = np.full((panels, blocks_, n, 32), 99, np.float32 if kind == FLOAT else np.int8)
     scale = np.full((panels, blocks_, n), np.nan, np.float32)
     sums = np.full((panels, blocks_, 3, n), np.nan, np.float32)
+    if kind & 3 == SUPERS:
+        sums = np.full((panels, blocks_ // 8, 32, n), 9, np.int32)
     places = codes.ctypes.data, scale.ctypes.data, sums.ctypes.data
     fast._lay_out(n)(x.ctypes.data, tokens, columns, x.strides[0], kind, *places, 0, panels)
     back = codes.transpose(0, 2, 1, 3).reshape(-1, columns), scale.transpose(0, 2, 1).reshape(-1, blocks_)
-    return *back, sums.transpose(0, 3, 1, 2).reshape(-1, blocks_, 3)
+    return *back, sums.transpose(0, 3, 1, 2).reshape(-1, *sums.shape[1:3])
 
 
 TINY = st.lists(st.integers(-300, 300).map(lambda n: np.float32(n * 2.0**-149)), min_size=32, max_size=32)
@@ -207,6 +218,71 @@ def check_activations(x, n):
             assert np.array_equal(sums[:tokens], exact)
 
 
+def check_super_blocks(x, n):
+    """The same with a scale for eight blocks: codes, scales, shifts, and sums for a zero and for minimum levels."""
+    tokens, supers = len(x), x.shape[1] // 256
+    for offset in (0, 32):
+        codes, scale, words = laid_out(x, SUPERS | offset << KINDS, n)
+        assert not codes[tokens:].any() and not scale[tokens:].any()
+        assert not words[tokens:, :, : 24 if offset else 12].any()
+        expected, steps, shift = quantize_shifted(x)
+        assert np.array_equal(codes[:tokens], expected) and np.array_equal(scale[:tokens], np.repeat(steps, 8, axis=1))
+        assert np.array_equal(words[:tokens, :, 24:], shift.reshape(tokens, supers, 8))
+        halves = expected.reshape(tokens, supers, 8, 2, 16).sum(-1, dtype=int)
+        if offset:
+            begins = words[:tokens, :, :24].reshape(tokens, supers, 8, 3)
+            assert np.array_equal(begins, -offset * np.concatenate([halves.sum(-1)[..., None], halves], axis=-1))
+        else:
+            halves <<= shift.reshape(tokens, supers, 8, 1)
+            parts = np.ascontiguousarray(words[:tokens, :, :12]).view(np.int8).astype(int)
+            assert np.array_equal(256 * parts[..., :8] + parts[..., 8:16], halves.sum(-1))
+            assert np.array_equal(256 * parts[..., 16:32] + parts[..., 32:], halves.reshape(tokens, supers, 16))
+
+
+@pytest.mark.parametrize("n", [1, TOKENS])
+@KERNEL
+@given(
+    supers=st.integers(1, 3),
+    kinds=st.lists(st.sampled_from(ACTIVATION_ROWS), min_size=1, max_size=15),
+    seed=st.integers(0, 2**16),
+    most=st.booleans(),
+)
+def test_activations_of_super_blocks_bit_for_bit(n, supers, kinds, seed, most):
+    x = drawn_activations(256 * supers, kinds, seed)
+    if most:  # sums as large as they get, and blocks that are quieter than others
+        rng = np.random.default_rng(seed)
+        x[:] = rng.choice([-1, 1], (len(x), 1)) * np.repeat(rng.choice([1, 0.5, 0.26, 0.1], 8 * supers), 32)
+    check_super_blocks(x, n)
+
+
+def check_the_ends_of_integers(form, tokens):
+    """Codes, levels and minima with all bits the same, activations +-127: the largest sums, still the text's."""
+    layout = blocks.BLOCKS[form].layout
+    for byte in (0, 255):
+        fields = layout.unpack(np.full((17, 2, layout.nbytes), byte, np.uint8))
+        for sc in (None, -128):  # the largest level of Q6_K
+            if sc is not None and form == "Q6_K":
+                fields["sc"][:] = sc
+            for d in (65504, -1, 0):
+                for name in ("d", "dmin"):
+                    if name in fields:
+                        fields[name][:] = d
+                weight = GGUFBlocks(layout.pack(**fields).reshape(17, -1), form, 512)
+                for sign in (1, -1):
+                    x = np.resize(np.float32(sign * 127), (tokens, 512))
+                    y = tile_matmul(x, tiles_of(weight), SUPERS)
+                    assert np.isfinite(y).all() and np.array_equal(y, reference.matmul_int8(x, weight))
+                    exact = x.astype(np.float64) @ weight.dense().astype(np.float64).T
+                    assert np.allclose(y, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_the_ends_of_integers(form):
+    check_the_ends_of_integers(form, 1)
+    if form in PANELS:
+        check_the_ends_of_integers(form, TOKENS + 1)
+
+
 @pytest.mark.parametrize("n", [1, TOKENS])
 @KERNEL
 @given(
@@ -222,15 +298,19 @@ def test_activations_bit_for_bit(n, count, kinds, seed):
 @given(TINY)
 def test_the_smallest_activations_bit_for_bit(row):
     """Where amax / 127 is a few times the smallest number there is, its rounding makes quotients far beyond 127."""
-    check_activations(np.array(row, np.float32)[None], 1)
+    x = np.array(row, np.float32)[None]
+    check_activations(x, 1)
+    check_super_blocks(np.concatenate([x * np.float32(2**k) for k in (0, 1, 2, 3, 4, 5, 6, 7)], axis=1), 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN])
+@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN, SUPERS])
 @pytest.mark.parametrize("tokens", [3, 13])
 def test_not_a_number_poisons_its_token_only(bad, kind, tokens):
-    for form in ("Q2_K", "Q4_1", "S4 float16", "A4 float32"):
+    for form in ("Q2_K", "Q6_K", "Q4_1", "S4 float16", "A4 float32"):
         weight = whole_weight(form, 18, 256, 0, False)
+        if kind not in kinds_of(weight):
+            continue
         x = drawn_activations(256, ["normal"] * tokens, 0)
         good = tile_matmul(x, tiles_of(weight), kind)
         x[1, 77] = bad
@@ -239,8 +319,11 @@ def test_not_a_number_poisons_its_token_only(bad, kind, tokens):
         assert np.array_equal(np.delete(y, 1, axis=0), np.delete(good, 1, axis=0))
 
 
-@pytest.mark.parametrize("form", ["Q2_K", "S4 float16", "A4 float32"])
-@pytest.mark.parametrize("kind", [FLOAT, BLOCKS, TOKEN])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [(form, kind) for form in ("S4 float16", "A4 float32") for kind in (FLOAT, BLOCKS, TOKEN)]
+    + [("Q2_K", FLOAT), ("Q2_K", SUPERS)],
+)
 def test_any_number_of_tokens_and_threads_gives_the_same_bits(form, kind, monkeypatch):
     monkeypatch.setattr(threads, "MINIMUM_WORK", 1)
     weight = weights(form, 50, 2, 0, False)
@@ -289,6 +372,7 @@ def test_strided_misaligned_and_read_only_arrays(kind):
     gguf = gguf_blocks("Q2_K", 5, 1, 0)
     x = drawn_activations(256, ["normal"], 0)
     strange = GGUFBlocks(awkward(gguf.data), "Q2_K", 256)
+    kind = SUPERS if kind else FLOAT
     assert np.array_equal(tile_matmul(x, tiles_of(strange), kind), tile_matmul(x, tiles_of(gguf), kind))
 
 
@@ -300,10 +384,13 @@ OTHER_TARGETS = """
 from refllm.kernels.packed import products
 from tests.unit.kernels.packed.test_tile_kernels import *
 assert [products.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
-for form in ("S2 float16", "A3 float16", "S4 float16", "Q6_K", "A7 float16", "S8 float16"):
-    check_whole_numbers(form, 1, (BLOCKS, TOKEN))
+for form in ("S2 float16", "A3 float16", "S4 float16", "Q2_K", "Q4_K", "Q6_K", "A7 float16", "S8 float16"):
+    check_whole_numbers(form, 1, floats=False)
 check_whole_numbers("S4 float16")
+for form in ("Q2_K", "Q4_K", "Q6_K"):
+    check_the_ends_of_integers(form, 1)
 check_activations(drawn_activations(96, ACTIVATION_ROWS, 0), 1)
+check_super_blocks(drawn_activations(512, ACTIVATION_ROWS, 0), 1)
 """
 AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+cmov,+cx8,+fxsr,+mmx"
 X86 = any("sse2" in feature for feature in simd.target_features())
@@ -330,12 +417,31 @@ def test_the_other_forms_of_the_dot_product(name, features, dots):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(products.dot_form(4) != products.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
+def assembly(form, n):
+    """Of an integer product."""
+    product = numba.cfunc(types.void(*[types.intp] * 9), error_model="numpy")
+    return product(tile_kernels.product_text(form, True, n))._library.get_asm_str()
+
+
+SPILL = r"vmov\w+\s+%zmm\d+, -?\w*\(%r[sb]p\)"  # a vector that leaves the registers
+vnni = pytest.mark.skipif(products.dot_form(4) != products.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
+
+
+@vnni
 @pytest.mark.parametrize("bits, n", [(4, 1), (4, TOKENS), (8, TOKENS)])
 def test_a_byte_product_is_one_instruction(bits, n):
     """vpdpbusd reads its four activations from memory and repeats them itself; every sum stays in a register."""
-    product = numba.cfunc(types.void(*[types.intp] * 9), error_model="numpy")
-    text = product(tile_kernels.product_text(Form(bits, "half", offset=1 << bits - 1), True, n))._library.get_asm_str()
+    text = assembly(Form(bits, "half", offset=1 << bits - 1), n)
     dots = re.findall(r"vpdpbusd.*", text)
     assert len(dots) == 8 * n and all("{1to16}" in dot for dot in dots)
-    assert not re.findall(r"vmov\w+\s+%zmm\d+, -?\w*\(%r[sb]p\)", text)
+    assert not re.findall(SPILL, text)
+
+
+@vnni
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+def test_the_sums_of_a_super_block_stay_in_registers(name):
+    """Of many tokens only the totals leave, once in eight blocks; all byte products read memory and repeat it."""
+    text = assembly(form_of(gguf_blocks(name, 1, 1, 0)), TOKENS)
+    dots = re.findall(r"vpdpbusd.*", text)
+    assert len(dots) == (8 + 4) * TOKENS and all("{1to16}" in dot for dot in dots)  # 4 for the minima
+    assert len(re.findall(SPILL, text)) < 2 * TOKENS

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import tiled
+from refllm.kernels.packed.quantized import has_levels
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight, LowRank
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, SUPER, tile_codes, tile_numbers, untile_codes
@@ -63,6 +64,26 @@ def test_codes_come_back(bits, rows, columns, seed):
     assert np.array_equal(untile_codes(tiled, bits, codes.shape), codes)
     everything = untile_codes(tiled, bits, (tiled.shape[0] * ROWS, tiled.shape[1] * BLOCK))
     assert not everything[rows:].any() and not everything[:, columns:].any()
+
+
+@pytest.mark.parametrize("name", [*GGUF, "IQ4_XS"])
+@MANY
+@given(rows=FEW, count=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_levels_taken_apart_are_the_weight(name, rows, count, seed):
+    assert has_levels(name) == (name.endswith("_K") or name == "IQ4_XS")
+    if has_levels(name):
+        weight = gguf_blocks(name, rows, count, seed)
+        ids = slice(rows // 3, None)
+        d, whole, low, minimum = weight.levels(ids)
+        assert (whole == np.rint(whole)).all() and d.dtype == np.float32
+        exact = d.astype(np.float64)[..., None] * whole
+        size = np.abs(exact)
+        if low is not None:
+            assert (minimum == np.rint(minimum)).all() and minimum.min() >= 0 and minimum.max() < 64
+            exact = exact + low.astype(np.float64)[..., None] * minimum
+            size += np.abs(low.astype(np.float64)[..., None] * minimum)
+        dense = weight.rows(ids).reshape(exact.shape)
+        assert (np.abs(dense - exact) <= 2.0**-22 * size).all()
 
 
 def picture(codes, bits):
