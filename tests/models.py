@@ -1,12 +1,15 @@
 """Tiny random models of every architecture, for tests that need a forward pass and no training."""
 
+import math
+
 import numpy as np
 
 from refllm.kernels.rope import Rope
-from refllm.model.config import ModelConfig
+from refllm.model.config import Experts, Latent, ModelConfig
 from refllm.model.model import Model, Runtime
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+LATENT = ("deepseek_v2", "deepseek_v3")  # branches of their own: not what transforms and the compiled pass know
 
 _COMMON = dict(
     vocab_size=64,
@@ -43,6 +46,34 @@ _SPECIAL = {
         rope=Rope(theta=1e6, scaling="linear", factor=8.0),
         rope_local=Rope(theta=10000.0),
     ),
+    # Every width another one, so that none can stand in for another. One dense layer, one of experts.
+    "deepseek_v2": dict(
+        num_kv_heads=1,
+        head_dim=10,
+        latent=Latent(q_rank=None, kv_rank=12, nope_dim=6, rope_dim=4, value_dim=7),
+        experts=Experts(
+            count=6,
+            active=2,
+            intermediate_size=20,
+            shared=2,
+            first_layer=1,
+            groups=3,
+            active_groups=2,
+            scoring="softmax",
+            normalised=False,
+            scaling=2.0,
+        ),
+    ),
+    "deepseek_v3": dict(
+        num_kv_heads=1,
+        head_dim=14,
+        latent=Latent(q_rank=20, kv_rank=16, nope_dim=8, rope_dim=6, value_dim=8),
+        experts=Experts(
+            count=8, active=3, intermediate_size=24, shared=1, first_layer=1, groups=4, active_groups=2, scaling=2.5
+        ),
+        rope=Rope(10000.0, "yarn", 8.0, original_context=32, attention_factor=0.9),
+        attention_scale=14**-0.5 * (0.1 * math.log(8) + 1) ** 2,  # yarn's mscale for all dimensions
+    ),
 }
 
 
@@ -65,7 +96,7 @@ def random_model(
 
     Parameters
     ----------
-    architecture : one of ARCHITECTURES
+    architecture : one of ARCHITECTURES or LATENT
     dtype : float32 or float64
         Both are cast from the same float64 numbers.
     seed : int
@@ -86,6 +117,8 @@ def random_model(
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every tensor that this config calls for."""
+    if config.latent is not None:
+        return _latent_shapes(config)
     d, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     wide, narrow = config.num_heads * head_dim, config.num_kv_heads * head_dim
     shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
@@ -112,4 +145,44 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = shape
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
+    return shapes
+
+
+def _latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, H, latent, experts = config.hidden_size, config.num_heads, config.latent, config.experts
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        of_layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
+        if latent.q_rank is None:
+            of_layer["self_attn.q_proj"] = (H * (latent.nope_dim + latent.rope_dim), d)
+        else:
+            of_layer["self_attn.q_a_proj"] = (latent.q_rank, d)
+            of_layer["self_attn.q_a_layernorm"] = (latent.q_rank,)
+            of_layer["self_attn.q_b_proj"] = (H * (latent.nope_dim + latent.rope_dim), latent.q_rank)
+        of_layer["self_attn.kv_a_proj_with_mqa"] = (latent.kv_rank + latent.rope_dim, d)
+        of_layer["self_attn.kv_a_layernorm"] = (latent.kv_rank,)
+        of_layer["self_attn.kv_b_proj"] = (H * (latent.nope_dim + latent.value_dim), latent.kv_rank)
+        of_layer["self_attn.o_proj"] = (d, H * latent.value_dim)
+        branches = {"mlp": config.intermediate_size}
+        if experts is not None and layer >= experts.first_layer:
+            branches = {f"mlp.experts.{i}": experts.intermediate_size for i in range(experts.count)}
+            branches |= {"mlp.shared_experts": experts.shared * experts.intermediate_size} if experts.shared else {}
+            of_layer["mlp.gate"] = (experts.count, d)
+            if experts.scoring == "sigmoid":
+                shapes[prefix + "mlp.gate.e_score_correction_bias"] = (experts.count,)
+        for name, width in branches.items():
+            of_layer |= {
+                f"{name}.gate_proj": (width, d),
+                f"{name}.up_proj": (width, d),
+                f"{name}.down_proj": (d, width),
+            }
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in of_layer.items()}
+        for name, width in (("q_a_proj", latent.q_rank), ("kv_a_proj_with_mqa", latent.kv_rank + latent.rope_dim)):
+            if config.attention_bias and width is not None:
+                shapes[f"{prefix}self_attn.{name}.bias"] = (width,)
+        if config.output_bias:
+            shapes[f"{prefix}self_attn.o_proj.bias"] = (d,)
     return shapes

@@ -47,7 +47,7 @@ class Sizes:
 def sizes(model: Model) -> Sizes:
     """Count what is stored."""
     shapes = expected_shapes(model.config)
-    linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer)]
+    linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer, model.config)]
     nbytes = sum(weight.nbytes for weight in model.weights.values())
     parameters = sum(map(prod, shapes.values()))
     linear_bytes = sum(model.weights[name].nbytes for name in linears)

@@ -152,7 +152,7 @@ def _change_weights(model: Model, stages: list[Stage], calibration, on_report) -
     if EMBEDDING in plan:  # before the walk, so that the layers see what it has become
         _compress_weight(model, EMBEDDING, plan[EMBEDDING], None, on_report)
     for layer, stats in walk(model, calibration):
-        for name in layer_linears(layer):
+        for name in layer_linears(layer, model.config):
             if name in plan:
                 _compress_weight(model, name, plan[name], stats[name], on_report, fisher.pop(name, None))
     if HEAD in plan:
@@ -278,7 +278,7 @@ def _check_calibration(stages: list[Stage], calibration) -> None:
 
 def _plan(model: Model, stages: list[Stage]) -> dict[str, list[Stage]]:
     """Which stages each weight goes through; a pattern that matches nothing is an error."""
-    linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer)]
+    linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer, model.config)]
     others = [name for name in (EMBEDDING, HEAD) if name in model.weights]
     plan: dict[str, list[Stage]] = {}
     for stage in stages:

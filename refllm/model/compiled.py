@@ -4,9 +4,9 @@
     prefill       many tokens to the hidden states, which `llama.head` makes logits of
 
 `compiled_for(model, cache)` gives both, or None where the readable forward pass has to do it: weights in float64 or
-without a kernel, a method's own attention or cache, a batch, REFLLM_KERNELS=numpy. Both give the same numbers up to the
-rounding of float32 sums. With rounded activations these sums are taken in the same steps and all others in float64, so
-both give the same bits but where a float64 sum in another order rounds to another float32.
+without a kernel, latent attention or experts, a method's own attention or cache, a batch, REFLLM_KERNELS=numpy. Both
+give the same numbers up to the rounding of float32 sums. With rounded activations these sums are taken in the same steps
+and all others in float64, so both give the same bits but where a float64 sum in another order rounds to another float32.
 """
 
 import numpy as np
@@ -39,6 +39,8 @@ def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled 
     tokens : int
         How many are to come. Many need every part of every linear packed: for float32 ones BLAS is the faster way.
     """
+    if model.config.special:
+        return None
     if backend() != "numba" or model.runtime.attend is not None or (cache is None and tokens == 1):
         return None
     if model.runtime.activations not in ACTIVATIONS:

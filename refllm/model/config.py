@@ -1,7 +1,8 @@
 """ModelConfig: everything the forward pass must know, nothing defaulted silently.
 
-The fields are the union of what Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 3 need; an architecture is a set of
-values, not a subclass. `formats` hands over raw dictionaries, `model/load.py` turns them into this.
+The fields are the union of what Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3, DeepSeek-V2 and V3 need; an
+architecture is a set of values, not a subclass. Branches that are built otherwise than a Llama's bring a dataclass of
+their own: `Latent`, `Experts`. `formats` hands over raw dictionaries, `model/load.py` turns them into this.
 """
 
 from dataclasses import dataclass, field
@@ -21,13 +22,75 @@ _COUNTS = (
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (`refllm.model.mla`): keys and values of all heads come from one latent."""
+
+    q_rank: int | None  # width of the queries' own latent; None: queries straight from the hidden state
+    kv_rank: int  # width of the latent that is cached
+    nope_dim: int  # of a head's key, without positions; comes out of the latent
+    rope_dim: int  # of the key that carries the position, one for all heads
+    value_dim: int
+    interleaved: bool = True  # the layout of the pairs that turn together
+    norm_eps: float = 1e-6  # of the norms of both latents
+
+    def __post_init__(self):
+        own = () if self.q_rank is None else ("q_rank",)
+        _check_counts(self, "kv_rank", "nope_dim", "rope_dim", "value_dim", *own)
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even for the rotary embedding, got {self.rope_dim}")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (`refllm.model.moe`) in place of the feed-forward branch, from `first_layer` on."""
+
+    count: int
+    active: int  # chosen for each token
+    intermediate_size: int  # of one expert
+    shared: int = 0  # experts that every token meets, stored as one of `shared` times the width
+    first_layer: int = 0  # layers before it have a plain feed-forward branch
+    groups: int = 1  # of neighbouring experts
+    active_groups: int = 1  # groups that a token may choose from
+    scoring: str = "sigmoid"  # with a bias that only steers the choice (V3), or softmax (V2)
+    normalised: bool = True  # the weights of the chosen ones add up to `scaling`
+    scaling: float = 1.0
+
+    def __post_init__(self):
+        _check_counts(self, "count", "active", "intermediate_size", "groups", "active_groups")
+        if self.scoring not in ("sigmoid", "softmax"):
+            raise ValueError(f"experts are scored by sigmoid or softmax, got {self.scoring!r}")
+        if self.count % self.groups or self.active_groups > self.groups:
+            raise ValueError(
+                f"{self.count} experts in {self.groups} groups of which {self.active_groups} are chosen: groups must "
+                "be of one size, and not fewer than are chosen"
+            )
+        if self.scoring == "sigmoid" and self.count // self.groups < 2:
+            raise ValueError(f"a group is scored by its two best experts, got {self.count} experts in {self.groups}")
+        if self.active > self.count // self.groups * self.active_groups:
+            raise ValueError(
+                f"{self.active} experts a token cannot be chosen from {self.active_groups} groups of "
+                f"{self.count // self.groups}"
+            )
+        if self.shared < 0 or self.first_layer < 0 or not self.scaling > 0:
+            given = f"{self.shared}, {self.first_layer}, {self.scaling}"
+            raise ValueError(f"experts need shared >= 0, first_layer >= 0 and scaling > 0, got {given}")
+
+
+def _check_counts(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value <= 0:  # bool is an int, too
+            raise ValueError(f"config {name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer.
 
     In the letters of docs/shapes.md: V = vocab_size, d = hidden_size, H = num_heads, Hk = num_kv_heads, D = head_dim.
     """
 
-    architecture: str  # llama, mistral, qwen2, qwen3, gemma3
+    architecture: str  # llama, mistral, qwen2, qwen3, gemma3, deepseek_v2, deepseek_v3
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -55,15 +118,14 @@ class ModelConfig:
     rope_local: Rope | None = None  # of the sliding layers, where it differs (Gemma 3)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    latent: Latent | None = None  # head_dim is then that of a query, num_kv_heads 1: the latent has no heads
+    experts: Experts | None = None
 
     def __post_init__(self):
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if type(value) is not int or value <= 0:  # bool is an int, too
-                raise ValueError(f"config {name} must be a positive integer, got {value!r}")
+        _check_counts(self, *_COUNTS)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.latent is None:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation must be silu or gelu_tanh, got {self.activation!r}")
@@ -77,8 +139,25 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"config {name} must be positive or None, got {value!r}")
+        if self.latent is not None:
+            parts = self.latent.nope_dim + self.latent.rope_dim
+            if self.head_dim != parts or self.num_kv_heads != 1:
+                raise ValueError(
+                    f"latent attention has one key-value head and head_dim = nope_dim + rope_dim = {parts}, got "
+                    f"{self.num_kv_heads} and {self.head_dim}"
+                )
         if not self.norm_eps >= 0:
             raise ValueError(f"config norm_eps must not be negative, got {self.norm_eps!r}")
+
+    @property
+    def special(self) -> str | None:
+        """What its layers have in place of the seven linears of a Llama layer; None: nothing."""
+        parts = {"latent attention": self.latent, "experts": self.experts}
+        return " and ".join(name for name, part in parts.items() if part is not None) or None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward branch of this layer is a mixture of experts."""
+        return self.experts is not None and layer >= self.experts.first_layer
 
     @property
     def score_scale(self) -> float:

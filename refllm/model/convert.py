@@ -81,7 +81,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, type_name: str = 
 def _with_linears(model: Model, encode) -> Model:
     weights = dict(model.weights)
     for layer in range(model.config.num_layers):
-        for name in layer_linears(layer):
+        for name in layer_linears(layer, model.config):
             try:
                 weights[name] = encode(weights[name])
             except ValueError as error:

@@ -63,6 +63,7 @@ def _check_plain(config: ModelConfig) -> None:
         "embedding scale": config.embedding_scale != 1,
         "soft-capping": config.attention_softcap is not None or config.logit_softcap is not None,
         "sliding window": any(config.sliding_layers),
+        config.special or "other branches": config.special is not None,
     }
     if wrong := [name for name, present in lacks.items() if present]:
         raise ValueError(f"training knows plain Llama only; {config.architecture} here also has: {', '.join(wrong)}")

@@ -38,6 +38,16 @@ def check_dense(model: Model, purpose: str) -> None:
         )
 
 
+def check_foldable(model: Model, purpose: str) -> None:
+    """`check_dense`, and raise ValueError unless every layer has the seven linears of a Llama layer."""
+    check_dense(model, purpose)
+    if model.config.special:
+        raise ValueError(
+            f"{purpose} between the seven linears of a Llama layer, but {model.config.architecture} has "
+            f"{model.config.special}; leave this stage out, methods that pack weights one by one do work"
+        )
+
+
 def norm_readers(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     """The two norms of a layer that linears read: {name of the gain: names of the weights}."""
     prefix = f"model.layers.{layer}."
@@ -130,7 +140,7 @@ def fold_norms(model: Model) -> Model:
     ValueError
         Packed weights.
     """
-    check_dense(model, "norms are folded")
+    check_foldable(model, "norms are folded")
     config, weights = model.config, dict(model.weights)
     if config.tied_embeddings:
         weights[HEAD] = weights[EMBEDDING].copy()
@@ -155,7 +165,7 @@ def rotate_residual(model: Model, Q: np.ndarray) -> Model:
         A norm with a gain (a rotation mixes what it scales apart), norms on branches, Q of another size or not
         orthogonal.
     """
-    check_dense(model, "the residual stream is rotated")
+    check_foldable(model, "the residual stream is rotated")
     config, weights = model.config, dict(model.weights)
     d = config.hidden_size
     if Q.shape != (d, d) or np.abs(Q.T @ Q - np.eye(d)).max() > 1e-6:
@@ -190,7 +200,7 @@ def rotate_values(model: Model, layer: int, R: np.ndarray) -> Model:
     ----------
     R : (D, D) orthogonal, one for all heads, or (Hk, D, D)
     """
-    check_dense(model, "values are rotated")
+    check_foldable(model, "values are rotated")
     config, weights = model.config, dict(model.weights)
     heads, D, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
     R = np.broadcast_to(R, (heads, D, D))
@@ -217,7 +227,7 @@ def turn_online(model: Model) -> Model:
     ValueError
         Packed weights, or no Hadamard matrix for these widths.
     """
-    check_dense(model, "inputs are turned")
+    check_foldable(model, "inputs are turned")
     config, weights = model.config, dict(model.weights)
     inner = config.head_dim if has_hadamard(config.num_heads) else 1
     for layer in range(config.num_layers):

@@ -13,8 +13,8 @@ from refllm.formats.errors import FormatError
 from refllm.formats.hf import HFFolder
 from refllm.formats.tensors import StoredTensor
 from refllm.kernels.packed.records import Record
-from refllm.model.config import ModelConfig, Rope
-from refllm.model.names import check_weights, expected_shapes
+from refllm.model.config import Experts, Latent, ModelConfig, Rope
+from refllm.model.names import ROUTER, check_weights, expected_shapes
 from refllm.model.quantized import HEAD, take_records
 
 ARCHITECTURES = {
@@ -24,13 +24,17 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 # Values that would change the forward pass in a way refllm does not compute.
 _MUST_BE = {
     "use_bidirectional_attention": (False, None),
     "partial_rotary_factor": (1.0, None),
     "is_decoder": (True, None),
+    "moe_layer_freq": (1, None),
 }
 _BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints store what the config already says
 EMBEDDING = "model.embed_tokens.weight"
@@ -57,6 +61,9 @@ def read_model(folder: HFFolder, dtype: str = "float32") -> tuple[ModelConfig, d
     config = parse_config(folder.config, folder.generation, has_head, path=folder.path / "config.json")
     if config.tied_embeddings:
         _drop_tied_copy(tensors, folder)
+    if config.architecture in _DEEPSEEK:  # what predicts a second token stands behind the last layer
+        behind = f"model.layers.{config.num_layers}."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(behind)}
     shapes = expected_shapes(config)
     weights = {}
     if folder.quantization is not None:
@@ -73,7 +80,8 @@ def read_model(folder: HFFolder, dtype: str = "float32") -> tuple[ModelConfig, d
 def linears(config: ModelConfig) -> list[str]:
     """Names of the modules that a checkpoint can hold quantised: the linears of all layers, and an untied head."""
     shapes = expected_shapes(config)
-    return [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and name != EMBEDDING]
+    kept = lambda name: name == EMBEDDING or name.endswith(ROUTER)
+    return [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and not kept(name)]
 
 
 def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -128,8 +136,14 @@ def parse_config(config: dict, generation: dict, has_head: bool, path: object = 
             raise read.fail(f"{key} = {text[key]!r} is not supported (only {allowed[0]!r})")
     gemma = architecture == "gemma3"
     hidden, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
-    kv_heads = read.size("num_key_value_heads", heads)  # left out by configs older than grouped queries
-    head_dim = _head_dim(read, architecture, hidden, heads)
+    latent = _latent(read) if architecture in _DEEPSEEK else None
+    if latent is None:
+        kv_heads = read.size("num_key_value_heads", heads)  # left out by configs older than grouped queries
+        head_dim = _head_dim(read, architecture, hidden, heads)
+        scale = read.number("query_pre_attn_scalar") ** -0.5 if gemma else None
+    else:
+        kv_heads, head_dim = 1, latent.nope_dim + latent.rope_dim
+        scale = _yarn_scale(read, head_dim)
     sliding, window = _sliding(read, architecture, layers)
     rope, rope_local = _ropes(read, gemma)
     bias = architecture == "qwen2" or read.flag("attention_bias", False)
@@ -157,13 +171,15 @@ def parse_config(config: dict, generation: dict, has_head: bool, path: object = 
             norm_offset=1.0 if gemma else 0.0,
             post_norms=gemma,
             embedding_scale=math.sqrt(hidden) if gemma else 1.0,
-            attention_scale=read.number("query_pre_attn_scalar") ** -0.5 if gemma else None,
+            attention_scale=scale,
             attention_softcap=read.number("attn_logit_softcapping", None),
             logit_softcap=read.number("final_logit_softcapping", None),
             sliding_window=window,
             sliding_layers=sliding,
             bos_token_id=read.token_ids(text.get("bos_token_id"), "bos_token_id", 1),
             eos_token_ids=read.token_ids(stops, "eos_token_id"),
+            latent=latent,
+            experts=None if latent is None else _experts(read, architecture),
         )
     except FormatError:
         raise
@@ -196,6 +212,13 @@ class _Reader:
         value = self._get(key, int, "a positive integer", default)
         if value is not None and not 0 < value < 1 << 31:
             raise self.fail(f"{key} must be a positive integer, got {value}")
+        return value
+
+    def count(self, key: str, default="required") -> int:
+        """An integer that may be 0, as `size`."""
+        value = self._get(key, int, "a number from 0", default)
+        if not 0 <= value < 1 << 31:
+            raise self.fail(f"{key} must be a number from 0, got {value}")
         return value
 
     def number(self, key: str, default="required") -> float | None:
@@ -240,6 +263,59 @@ def _head_dim(read: _Reader, architecture: str, hidden: int, heads: int) -> int:
     if hidden % heads:
         raise read.fail(f"head_dim is missing and hidden_size {hidden} is not a multiple of {heads} heads")
     return hidden // heads
+
+
+def _latent(read: _Reader) -> Latent:
+    return Latent(
+        q_rank=read.size("q_lora_rank", None),
+        kv_rank=read.size("kv_lora_rank"),
+        nope_dim=read.size("qk_nope_head_dim"),
+        rope_dim=read.size("qk_rope_head_dim"),
+        value_dim=read.size("v_head_dim"),
+        interleaved=read.flag("rope_interleave", True),
+    )
+
+
+def _experts(read: _Reader, architecture: str) -> Experts | None:
+    """The mixture of experts; None where the config says there is none (n_routed_experts null)."""
+    if read.values.get("n_routed_experts", 0) is None:
+        return None
+    count = read.size("n_routed_experts")
+    v3 = architecture == "deepseek_v3"
+    scoring, method = ("sigmoid", ("noaux_tc",)) if v3 else ("softmax", ("greedy", "group_limited_greedy"))
+    for key, allowed in (("scoring_func", (scoring,)), ("topk_method", method)):
+        if read.values.get(key) not in (None, *allowed):
+            raise read.fail(f"{key} = {read.values[key]!r} is not supported ({' or '.join(allowed)} of {architecture})")
+    normalised = read.flag("norm_topk_prob", v3)
+    if normalised and not v3:
+        raise read.fail("norm_topk_prob true is not supported for deepseek_v2")
+    grouped = v3 or read.values.get("topk_method") == "group_limited_greedy"
+    return Experts(
+        count=count,
+        active=read.size("num_experts_per_tok"),
+        intermediate_size=read.size("moe_intermediate_size"),
+        shared=read.count("n_shared_experts", 0),
+        first_layer=read.count("first_k_dense_replace", 0),
+        groups=read.size("n_group", 1) if grouped else 1,
+        active_groups=read.size("topk_group", 1) if grouped else 1,
+        scoring=scoring,
+        normalised=normalised,
+        scaling=read.number("routed_scaling_factor", 1.0),
+    )
+
+
+def _yarn_scale(read: _Reader, head_dim: int) -> float | None:
+    """DeepSeek's scores with yarn: head_dim^-0.5 times the square of the mscale that holds for all dimensions."""
+    values = read.values.get("rope_parameters") or read.values.get("rope_scaling") or {}
+    inner = _Reader(values, read.path)
+    everywhere = inner.number("mscale_all_dim", None) if isinstance(values, dict) else None
+    if everywhere is None or values.get("rope_type", values.get("type", "default")) == "default":
+        return None
+    return head_dim**-0.5 * _mscale(inner.number("factor"), everywhere) ** 2
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _tied(read: _Reader, has_head: bool) -> bool:
@@ -327,7 +403,7 @@ _ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor")}
+_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
 
 
 def _rope(read: _Reader, given: dict, where: str) -> Rope:
@@ -345,12 +421,15 @@ def _rope(read: _Reader, given: dict, where: str) -> Rope:
     required, optional = ("rope_theta", *_ROPE_KEYS[kind]), _ROPE_OPTIONAL.get(kind, ())
     numbers = {key: inner.number(key) for key in required}
     numbers |= {key: inner.number(key) for key in optional if key in values}
-    # partial_rotary_factor 1 and truncate true say nothing new; mscale and the like would change the result.
+    # partial_rotary_factor 1 and truncate true say nothing new; other keys would change the result.
     harmless = {"partial_rotary_factor": 1.0, "truncate": True}
     unknown = {k: v for k, v in values.items() if k not in numbers and (k not in harmless or v != harmless[k])}
     if kind == "default":  # transformers leaves these beside the default type
         unknown = {k: v for k, v in unknown.items() if not (k == "factor" and v == 1.0)}
     if unknown:
         raise read.fail(f"{where} of type {kind!r} has keys that are not understood: {', '.join(sorted(unknown))}")
+    mscale, everywhere = numbers.pop("mscale", None), numbers.pop("mscale_all_dim", None)
+    if mscale and everywhere and "attention_factor" not in numbers:  # one of the two alone says nothing of cos and sin
+        numbers["attention_factor"] = _mscale(numbers["factor"], mscale) / _mscale(numbers["factor"], everywhere)
     theta, original = numbers.pop("rope_theta"), int(numbers.pop("original_max_position_embeddings", 0))
     return Rope(theta, None if kind == "default" else kind, original_context=original, **numbers)

@@ -1,14 +1,15 @@
-"""The forward pass: one decoder block, written once, for Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 3.
+"""The forward pass: one decoder block, written once, for Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3, DeepSeek.
 
     x = E[ids]
     for each layer:   x += o( attend(rope(q(norm(x))), rope(k(norm(x))), v(norm(x))) )
                       x += down( act(gate(norm(x))) * up(norm(x)) )
     logits = head(norm(x))
 
-What differs between architectures is data in ModelConfig. Three arguments are the seams every later method uses:
-`cache` (what is kept of keys and values), `attend` (how they are read), `observe` (what calibration sees). Packed
-weights need none: `matmul`, and `rows` for the embedding, take either kind. Where none of the three is given, the
-compiled twin of this text (compiled.py) may run in its place. Lesson: lessons/01-forward-pass.md.
+What differs between architectures is data in ModelConfig; a branch that is built otherwise has a module of its own:
+mla.py (latent attention), moe.py (experts). Three arguments are the seams every later method uses: `cache` (what is
+kept of keys and values), `attend` (how they are read), `observe` (what calibration sees). Packed weights need none:
+`matmul`, and `rows` for the embedding, take either kind. Where none of the three is given, the compiled twin of this
+text (compiled.py) may run in its place. Lesson: lessons/01-forward-pass.md.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from collections.abc import Callable
 import numpy as np
 
 from refllm.kernels import attention
-from refllm.kernels.nn import ACTIVATIONS, rms_norm
+from refllm.kernels.nn import rms_norm
 from refllm.kernels.packed import matmul, rows
 from refllm.kernels.rope import cos_sin, rotate
+from refllm.model import mla, moe
 from refllm.model.cache import KVCache
 from refllm.model.compiled import compiled_for
+from refllm.model.linear import gated, linear
 from refllm.model.model import Model
 
 
@@ -161,33 +164,19 @@ def block(
     config, prefix = model.config, f"model.layers.{layer}."
     norm = lambda name, h: rms_norm(h, model.weights[prefix + name], config.norm_eps, config.norm_offset)
 
-    h = attention_branch(
+    attention_of = attention_branch if config.latent is None else mla.attention_branch
+    h = attention_of(
         model, layer, norm("input_layernorm.weight", x), positions, store=store, attend=attend, observe=observe
     )
     if config.post_norms:  # Gemma normalises what each branch returns, too
         h = norm("post_attention_layernorm.weight", h)
     x = x + h
     before_mlp = "pre_feedforward_layernorm.weight" if config.post_norms else "post_attention_layernorm.weight"
-    h = mlp_branch(model, layer, norm(before_mlp, x), observe=observe)
+    mlp_of = moe.mlp_branch if config.has_experts(layer) else mlp_branch
+    h = mlp_of(model, layer, norm(before_mlp, x), observe=observe)
     if config.post_norms:
         h = norm("post_feedforward_layernorm.weight", h)
     return x + h
-
-
-def _linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callable | None) -> list[np.ndarray]:
-    """The products of one input with several weights, each with its bias where the checkpoint has one.
-
-    `model.runtime.activations` is float32, or int8 or int4: weights stored as codes then meet inputs of so many bits.
-    """
-    names = tuple(name + ".weight" for name in names)
-    if observe is not None:
-        observe(names, x)
-    out = []
-    for name in names:
-        y = matmul(x, model.weights[name], model.runtime.activations)
-        bias = model.weights.get(name.removesuffix("weight") + "bias")
-        out.append(y if bias is None else y + bias)
-    return out
 
 
 def attention_branch(
@@ -206,7 +195,7 @@ def attention_branch(
     """
     config, prefix = model.config, f"model.layers.{layer}.self_attn."
     batch, tokens, _ = x.shape
-    q, k, v = _linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
+    q, k, v = linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
     heads = lambda y: y.reshape(batch, tokens, -1, config.head_dim).swapaxes(1, 2)  # (B, heads, T, D)
     q, k, v = heads(q), heads(k), heads(v)
     if config.qk_norm:  # before the rotation; v is never normed
@@ -231,11 +220,9 @@ def attention_branch(
             k = rotate(k, *cos_sin(rope, config.head_dim, key_positions, x.dtype))
         out = (attend or attention.attend)(q, k, v, positions, key_positions, **how)
     out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H*D)
-    return _linear(model, (prefix + "o_proj",), out, observe)[0]
+    return linear(model, (prefix + "o_proj",), out, observe)[0]
 
 
 def mlp_branch(model: Model, layer: int, x: np.ndarray, *, observe: Callable | None = None) -> np.ndarray:
     """The feed-forward branch: normed states (B, T, d) -> (B, T, d), gated at the intermediate width."""
-    prefix = f"model.layers.{layer}.mlp."
-    gate, up = _linear(model, (prefix + "gate_proj", prefix + "up_proj"), x, observe)
-    return _linear(model, (prefix + "down_proj",), ACTIVATIONS[model.config.activation](gate) * up, observe)[0]
+    return gated(model, f"model.layers.{layer}.mlp.", x, observe)

@@ -20,7 +20,15 @@ from dataclasses import replace
 import numpy as np
 
 from refllm.model.config import ModelConfig
-from refllm.model.equivalent import HEAD, LAST_NORM, check_dense, divide_keys, divide_norm, divide_values, norm_readers
+from refllm.model.equivalent import (
+    HEAD,
+    LAST_NORM,
+    check_foldable,
+    divide_keys,
+    divide_norm,
+    divide_values,
+    norm_readers,
+)
 from refllm.model.model import Model
 
 KINDS = ("norm", "vo", "qk")
@@ -76,7 +84,7 @@ def plant_outliers(
 
 
 def _check(model: Model, factors: Sequence[float], kinds: Sequence[str]) -> None:
-    check_dense(model, "outliers are planted")
+    check_foldable(model, "outliers are planted")
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"unknown outlier kinds {sorted(unknown)}; known: {', '.join(KINDS)}")
     if not all(np.isfinite(factor) and factor > 0 for factor in factors):

@@ -47,6 +47,8 @@ def to_gguf(model: Model, path: str | os.PathLike, type_name: str | None = "F32"
     none. `type_name` is what the others are encoded as; None: the narrowest of F16, BF16 and F32 that is exact.
     """
     config = model.config
+    if config.special:
+        raise ValueError(f"GGUF files of {config.architecture} ({config.special}) are not written; native and F32 can")
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     names = _gguf_names(config)
     tensors, others = {}, {}

@@ -1,6 +1,7 @@
 """A model -> a folder in Hugging Face layout: dense, or its packed linears as a quantised checkpoint."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -113,6 +114,10 @@ def hf_config(config: ModelConfig) -> dict:
         **_hf_rope(config),
         **_hf_sliding(config, architecture),
     }
+    if config.latent is not None:
+        values |= _hf_latent(config)
+    if config.experts is not None:
+        values |= _hf_experts(config)
     activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
     values["hidden_activation" if architecture == "gemma3" else "hidden_act"] = activation
     if architecture == "gemma3":
@@ -129,13 +134,60 @@ def hf_config(config: ModelConfig) -> dict:
     return values
 
 
+def _hf_latent(config: ModelConfig) -> dict:
+    """Keys of DeepSeek's attention; head_dim is there the part of a key that turns."""
+    latent = config.latent
+    values = {
+        "num_key_value_heads": config.num_heads,
+        "head_dim": latent.rope_dim,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_nope_head_dim": latent.nope_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_interleave": latent.interleaved,
+        "num_nextn_predict_layers": 0,
+        "n_routed_experts": None,
+    }
+    if config.architecture == "deepseek_v2" and not latent.interleaved:
+        raise ValueError("config.json of deepseek_v2 cannot say that pairs are half-split")
+    if config.attention_scale is not None:  # head_dim^-0.5 (0.1 mscale ln factor + 1)^2
+        rope = _hf_rope(config)
+        root = math.sqrt(config.attention_scale * config.head_dim**0.5)
+        if config.rope.scaling != "yarn" or root <= 1:
+            raise ValueError("config.json of deepseek can say another scale of scores only with yarn, and above 1")
+        mscale = round((root - 1) / (0.1 * math.log(config.rope.factor)), 9)
+        values["rope_scaling"] = rope["rope_scaling"] | {"mscale_all_dim": mscale}
+    return values
+
+
+def _hf_experts(config: ModelConfig) -> dict:
+    experts, v3 = config.experts, config.architecture == "deepseek_v3"
+    if (experts.scoring != "sigmoid") if v3 else (experts.scoring != "softmax" or experts.normalised):
+        raise ValueError(f"config.json of {config.architecture} cannot say how these experts are weighed")
+    method = "noaux_tc" if v3 else "greedy" if experts.groups == 1 else "group_limited_greedy"
+    return {
+        "n_routed_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+        "moe_intermediate_size": experts.intermediate_size,
+        "n_shared_experts": experts.shared,
+        "first_k_dense_replace": experts.first_layer,
+        "n_group": experts.groups,
+        "topk_group": experts.active_groups,
+        "topk_method": method,
+        "scoring_func": experts.scoring,
+        "norm_topk_prob": experts.normalised,
+        "routed_scaling_factor": experts.scaling,
+    }
+
+
 def _whole(value: float) -> float | int:
     """256.00000001 -> 256: a number that went through a square root."""
     return round(value) if abs(value - round(value)) < 1e-4 * value else value
 
 
 def _hf_sliding(config: ModelConfig, architecture: str) -> dict:
-    if architecture == "llama":
+    if architecture == "llama" or config.latent is not None:
         return {}
     layers = config.sliding_layers or (False,) * config.num_layers
     values: dict[str, object] = {"sliding_window": config.sliding_window}

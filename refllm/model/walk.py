@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from refllm.kernels.stats import Stats
+from refllm.model import moe
+from refllm.model.config import ModelConfig
 from refllm.model.llama import block, check_ids, embed
 from refllm.model.model import Model
+from refllm.model.names import linear_shapes
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -21,9 +24,16 @@ PROJECTIONS = (
 )
 
 
-def layer_linears(layer: int) -> tuple[str, ...]:
-    """Weight names of the seven linears of one layer, in the order in which they run."""
-    return tuple(f"model.layers.{layer}.{name}.weight" for name in PROJECTIONS)
+def layer_linears(layer: int, config: ModelConfig | None = None) -> tuple[str, ...]:
+    """Weight names of the linears of one layer, in the order in which they run; without a config the seven of a Llama.
+
+    Examples
+    --------
+    >>> layer_linears(3)[0]
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    names = PROJECTIONS if config is None else linear_shapes(config, layer)
+    return tuple(f"model.layers.{layer}.{name}.weight" for name in names)
 
 
 def first_layer(model: Model) -> Model:
@@ -50,7 +60,8 @@ def walk(model: Model, ids: np.ndarray, window: int = 512) -> Iterator[tuple[int
 
     The caller replaces entries of `model.weights` between two steps; the next layer's inputs then come from the
     replaced weights. Linears inside one layer see that layer's original activations, as in SparseGPT and Wanda: the
-    statistics of all seven are collected in one pass. Linears that share an input share one Stats.
+    statistics of all of them are collected in one pass. Linears that share an input share one Stats. An expert sees
+    the tokens that were routed to it; one that got none is shown all tokens of its layer.
 
     Parameters
     ----------
@@ -59,6 +70,11 @@ def walk(model: Model, ids: np.ndarray, window: int = 512) -> Iterator[tuple[int
     ids : (T,) integers
         Calibration tokens, cut into windows of `window` tokens.
     window : int
+
+    Raises
+    ------
+    ValueError
+        Not one stream of ids.
     """
     ids = check_ids(ids, model.config.vocab_size)
     if ids.ndim != 1:
@@ -71,6 +87,8 @@ def walk(model: Model, ids: np.ndarray, window: int = 512) -> Iterator[tuple[int
         observe = lambda names, x, seen=seen: seen.setdefault(names, []).append(x.reshape(-1, x.shape[-1]))
         for x in hidden:
             block(model, layer, x, positions, observe=observe)
+        if model.config.has_experts(layer):
+            moe.show_all(model, layer, seen, observe)
         stats = {}
         for names, inputs in seen.items():
             shared = Stats(np.concatenate(inputs))

@@ -73,6 +73,26 @@ GEMMA3 = dict(
     rms_norm_eps=1e-6,
 )
 
+# One dense layer, then experts; yarn as DeepSeek has it, cos and sin untouched and the scores scaled, and otherwise.
+DEEPSEEK = dict(
+    num_key_value_heads=6,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+)
+V3 = DEEPSEEK | dict(
+    q_lora_rank=28, n_shared_experts=2, routed_scaling_factor=2.5, rope_parameters=plain(1e4), num_mtp_layers=0
+)
+V2 = DEEPSEEK | dict(q_lora_rank=None, n_shared_experts=1, rope_parameters=plain(1e4))
+MSCALE = YARN | dict(mscale=1.0, mscale_all_dim=1.0)
+
 CASES = {
     "llama": ("llama", dict(rope_parameters=plain(1e4))),
     "llama-llama3": ("llama", dict(rope_parameters=LLAMA3)),
@@ -92,6 +112,17 @@ CASES = {
     "qwen3": ("qwen3", dict(rope_parameters=plain(1e6), head_dim=12, rms_norm_eps=1e-6)),
     "qwen3-yarn": ("qwen3", dict(rope_parameters=YARN, head_dim=12, tie_word_embeddings=True)),
     "gemma3": ("gemma3_text", GEMMA3),
+    "deepseek-v3": ("deepseek_v3", V3),
+    "deepseek-v3-yarn": ("deepseek_v3", V3 | dict(rope_parameters=MSCALE)),
+    "deepseek-v3-mscales": ("deepseek_v3", V3 | dict(rope_parameters=MSCALE | dict(mscale=0.707))),
+    "deepseek-v3-half-split": ("deepseek_v3", V3 | dict(rope_interleave=False, attention_bias=True)),
+    "deepseek-v3-not-normed": ("deepseek_v3", V3 | dict(norm_topk_prob=False, q_lora_rank=None)),
+    "deepseek-v2-lite": ("deepseek_v2", V2 | dict(topk_method="greedy")),
+    "deepseek-v2": (
+        "deepseek_v2",
+        V2
+        | dict(topk_method="group_limited_greedy", q_lora_rank=28, routed_scaling_factor=16.0, rope_parameters=MSCALE),
+    ),
     "gemma3-logit-softcap": ("gemma3_text", GEMMA3 | dict(final_logit_softcapping=5.0)),
 }
 
@@ -120,8 +151,8 @@ def random_peer(kind, values, seed=0):
     config = transformers.AutoConfig.for_model(kind, **(COMMON | values))
     peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
-        for parameter in peer.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in [*peer.named_parameters(), *peer.named_buffers()]:
+            if parameter.ndim == 1 and "inv_freq" not in name:  # DeepSeek's bias of the router is a buffer
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return peer
 

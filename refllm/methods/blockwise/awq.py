@@ -45,7 +45,7 @@ from refllm.kernels.grids import MinMaxGrid, grouped
 from refllm.kernels.packed.records import IntWeight
 from refllm.kernels.stats import Stats
 from refllm.methods.record import Report, report
-from refllm.model.equivalent import check_dense, divide_gated, divide_norm, divide_values, norm_readers
+from refllm.model.equivalent import check_foldable, divide_gated, divide_norm, divide_values, norm_readers
 from refllm.model.llama import attention_branch, mlp_branch
 from refllm.model.model import Model
 from refllm.model.walk import layer_linears, walk, windows
@@ -104,7 +104,7 @@ def awq(
         Packed weights, a group_size that does not divide a width, bits or scale_dtype unknown, weights or inputs that
         are not finite.
     """
-    check_dense(model, "AWQ searches scales")
+    check_foldable(model, "AWQ searches scales")
     weights = dict(model.weights)
     grid_of = partial(grid_for, bits=bits, group_size=group_size, scale_dtype=scale_dtype)
     if search_tokens < 1:

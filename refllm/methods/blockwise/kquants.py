@@ -78,12 +78,12 @@ def kquants(
         raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {mix!r}")
     if imatrix and ids is None:
         raise ValueError("imatrix needs calibration tokens: give --calibration FILE (in Python: calibration=ids)")
-    seen: dict[str, Stats] = {}
+    types, seen = tensor_types(model.config, mix), {}
     if ids is not None:
         for _, stats in walk(model, ids):  # of the uncompressed model, as llama-imatrix measures
             seen |= stats
     weights = dict(model.weights)
-    for name, wanted in tensor_types(model.config, mix).items():
+    for name, wanted in types.items():
         W = np.asarray(model.weights[name], np.float32)
         stats = seen.get(name)
         record = encode(W, wanted, stats if imatrix else None)
@@ -131,6 +131,8 @@ def layer_types(mix: str, i: int, n: int, heads_per_group: int) -> list[str]:
 
 def tensor_types(config: ModelConfig, mix: str) -> dict[str, str]:
     """{weight name: K-quant} of every matrix, before any fallback."""
+    if config.special:
+        raise ValueError(f"llama.cpp's table names the seven linears of a Llama layer, not {config.special}; try gguf")
     n, group = config.num_layers, config.num_heads // config.num_kv_heads
     types = {EMBEDDING: "Q6_K" if config.tied_embeddings else mix[:4]}
     for layer in range(n):

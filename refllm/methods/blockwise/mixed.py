@@ -83,7 +83,7 @@ def mixed(
         raise ValueError(f"grid must be int or gguf, got {grid!r}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    names = [name for layer in range(model.config.num_layers) for name in layer_linears(layer)]
+    names = [name for layer in range(model.config.num_layers) for name in layer_linears(layer, model.config)]
     seen = {name: stats for _, of_layer in walk(model, ids) for name, stats in of_layer.items()}
     options = {name: _options(model.weights[name], grid, group_size) for name in names}
     error = np.array([[_change(model.weights[n], record, seen[n]) for record in options[n]] for n in names])

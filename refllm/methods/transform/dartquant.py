@@ -26,7 +26,7 @@ Baseline: none, a transform alone does not compress
 import numpy as np
 
 from refllm.kernels.hadamard import random_rotation
-from refllm.model.equivalent import fold_norms, rotate_residual, rotate_values, turn_online
+from refllm.model.equivalent import check_foldable, fold_norms, rotate_residual, rotate_values, turn_online
 from refllm.model.model import Model
 from refllm.model.walk import walk
 
@@ -82,6 +82,7 @@ def dartquant(
             "steps must be 0 or more, rows 1 or more, rate finite and not negative, momentum from 0 to below 1; got "
             f"{steps}, {rows}, {rate}, {momentum}"
         )
+    check_foldable(model, "rotations are folded")
     rng = np.random.default_rng(seed)
     config = model.config
     heads, D = config.num_kv_heads, config.head_dim

@@ -38,7 +38,7 @@ import numpy as np
 from refllm.kernels.grids import PER_CHANNEL, SymmetricGrid
 from refllm.kernels.packed.activations import Rounding
 from refllm.methods.record import Report
-from refllm.model.equivalent import check_dense, divide_norm, norm_readers
+from refllm.model.equivalent import check_foldable, divide_norm, norm_readers
 from refllm.model.llama import attention_branch, mlp_branch
 from refllm.model.model import Model
 from refllm.model.walk import walk, windows
@@ -90,7 +90,7 @@ def osplus(
     ValueError
         Packed weights, bits or steps out of range, calibration inputs that are not finite.
     """
-    check_dense(model, "OS+ moves scales")
+    check_foldable(model, "OS+ moves scales")
     rounding = Rounding(bits if activation_bits is None else activation_bits, symmetric=symmetric)
     grid = SymmetricGrid(bits, PER_CHANNEL, "float32")
     if tokens < 1:

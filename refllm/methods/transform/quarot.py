@@ -27,7 +27,7 @@ Baseline: none, a transform alone does not compress
 import numpy as np
 
 from refllm.kernels.hadamard import random_rotation
-from refllm.model.equivalent import fold_norms, rotate_residual, rotate_values, turn_online
+from refllm.model.equivalent import check_foldable, fold_norms, rotate_residual, rotate_values, turn_online
 from refllm.model.model import Model
 
 
@@ -67,6 +67,7 @@ def quarot(
     >>> type(turned.weights["model.layers.0.mlp.down_proj.weight"]).__name__
     'Rotated'
     """
+    check_foldable(model, "rotations are folded")
     rng = np.random.default_rng(seed)
     config = model.config
     Q = random_rotation(config.hidden_size, rotation, rng, "the residual stream")

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from refllm.kernels.rope import cos_sin, rotate
-from refllm.model.equivalent import check_dense, divide_keys
+from refllm.model.equivalent import check_foldable, divide_keys
 from refllm.model.model import Model
 from refllm.model.walk import walk
 
@@ -53,7 +53,7 @@ def smoothattention(model: Model, ids, *, on_report=None, alpha: float = 0.5) ->
     ValueError
         Packed weights, a model that norms q and k, alpha out of range.
     """
-    check_dense(model, "SmoothAttention moves scales")
+    check_foldable(model, "SmoothAttention moves scales")
     config, weights = model.config, dict(model.weights)
     tokens = min(WINDOW, config.context_length, np.size(ids))
     for layer, stats in walk(model, ids, WINDOW):

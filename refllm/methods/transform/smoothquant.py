@@ -32,7 +32,7 @@ import numpy as np
 
 from refllm.methods.record import Report
 from refllm.model.config import ModelConfig
-from refllm.model.equivalent import check_dense, divide_gated, divide_norm, divide_values, norm_readers
+from refllm.model.equivalent import check_foldable, divide_gated, divide_norm, divide_values, norm_readers
 from refllm.model.model import Model
 from refllm.model.walk import walk
 
@@ -73,7 +73,7 @@ def smoothquant(
     ValueError
         Packed weights, alpha out of range, calibration inputs that are not finite.
     """
-    check_dense(model, "SmoothQuant moves scales")
+    check_foldable(model, "SmoothQuant moves scales")
     weights = dict(model.weights)
     for layer, stats in walk(model, ids):
         for norm, readers in norm_readers(model.config, layer).items():
