@@ -67,7 +67,7 @@ def attention_branch(
         k_r = turn(k_r, *angles(key_positions))
 
     attend = attend or model.runtime.attend or attention.attend
-    reach = (positions, key_positions)
+    reach = (positions, key_positions.reshape(-1))  # one key-value head: what it keeps, all query heads see
     how = dict(scale=config.score_scale, window=config.window(layer), softcap=config.attention_softcap)
     naive, absorbed = multiply_adds(latent, config.num_heads, tokens, c.shape[2])
     if observe is not None or naive <= absorbed:  # calibration is to see the input of kv_b_proj
