@@ -13,6 +13,7 @@ from refllm.evaluate.golden.runner import python_call, run
 from refllm.evaluate.golden.suite import default_root, read_suites, suite_names
 from tests import (
     golden_mutants,
+    golden_mutants_attention,
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
     golden_mutants_gguf,
@@ -38,6 +39,7 @@ MUTANTS = (
     golden_mutants_ranges,
     golden_mutants_scaled,
     golden_mutants_outliers,
+    golden_mutants_attention,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]

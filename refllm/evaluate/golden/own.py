@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refllm.evaluate.golden import own_checkpoints, own_outliers
+from refllm.evaluate.golden import own_attention, own_checkpoints, own_outliers
 
 
 def implementation(op: str, params: dict, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -339,12 +339,14 @@ def _attend(params: dict, **arrays: np.ndarray) -> dict[str, dict[str, np.ndarra
     """Every attention that claims to be exact, the tiled ones with tiles that cut the small cases up."""
     from refllm.kernels.attention import attend
     from refllm.methods.attention.flash import flash_v1_with_lse, flash_with_lse
+    from refllm.methods.attention.split import flash_decoding_with_lse
 
     answers = {"attend": {"o": attend(**arrays, **params)}}
     for name, call, knobs in (
         ("flash", flash_with_lse, {}),
         ("flash, tiles of 2 x 3", flash_with_lse, {"block_q": 2, "block_k": 3}),
         ("flash_v1", flash_v1_with_lse, {}),
+        ("flash_decoding, 3 parts", flash_decoding_with_lse, {"splits": 3, "block_k": 1}),
         ("flash_v1, small tiles", flash_v1_with_lse, {"sram": 8 * arrays["q"].shape[-1]}),
     ):
         answers[name] = dict(zip(("o", "lse"), call(**arrays, **params, **knobs), strict=True))
@@ -531,6 +533,7 @@ _OPS = {
     "formats.number.stochastic": _stochastic,
     "formats.mx.encode": _mx_encode,
     "formats.nvfp4.encode": _nvfp4_encode,
+    **own_attention.OPS,
     **own_checkpoints.OPS,
     **own_outliers.OPS,
 }

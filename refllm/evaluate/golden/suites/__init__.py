@@ -5,6 +5,7 @@ number at a time, rounding exactly where the definition rounds; it must not call
 """
 
 from refllm.evaluate.golden.suites import (
+    attention_codes,
     awq,
     blockwise,
     checkpoint_bitsandbytes,
@@ -65,6 +66,8 @@ GENERATORS = (
     qoq.smooth_suite,
     kivi.suite,
     flash.suite,
+    attention_codes.fp8_suite,
+    attention_codes.sage_suite,
     speculative.suite,
     outliers_inputs.dynamic_suite,
     outliers_inputs.static_suite,
