@@ -39,6 +39,8 @@ VARIANTS = {
     "llm_int8": (dict(threshold=2.0), dict(threshold=0.0)),
     "zeroquant": (dict(bits=8, group_size=-1), dict(bits=3, group_size=32, activation_bits=6), dict(group_size=0)),
     "zeroquant_fp": (dict(constraint="m1"), dict(constraint="m2", group_size=16), dict(group_size=-1)),
+    "olive": (dict(normals="flint"), dict(normals="best", low=50, high=120), dict(scale_dtype="float32")),
+    "spark": (dict(group_size=0), dict(group_size=32), dict(inputs=True), dict(scale_dtype="float32")),
     "pq": (dict(vector=4, books=2), dict(vector=2, spans=4), dict(bits=1, vector=8, books=2), dict(vector=2, spans=0)),
     "aqlm": (dict(vector=4, books=2, beam=3, rounds=2, steps=10), dict(rounds=0), dict(bits=3, steps=5)),
     "squeezellm": (dict(bits=4), dict(bits=2, outliers=0, sensitive=0)),

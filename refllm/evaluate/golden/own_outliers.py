@@ -1,4 +1,4 @@
-"""refllm's own implementation of the ops about rounded inputs and outliers."""
+"""refllm's own implementation of the ops about rounded inputs and outliers, and about codes made for them."""
 
 import numpy as np
 
@@ -44,6 +44,26 @@ def _zeroquant(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": record.unpacked(), "scale": record.scale, "w_hat": record.dense()}
 
 
+def _olive(params: dict, w: np.ndarray, scale: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    from refllm.kernels.pairs import encode_pairs, pair_table, round_pairs
+    from refllm.methods.quant.olive import olive
+
+    if scale is None:
+        record = olive(w, **params)
+        return {"codes": record.unpacked()[..., 0], "scale": record.scale, "w_hat": record.dense()}
+    codes = encode_pairs(round_pairs(w / scale, params["normals"]), params["normals"])
+    decoded = pair_table(params["normals"])[codes].astype(np.float32).reshape(w.shape)
+    return {"codes": codes, "w_hat": decoded * scale}
+
+
+def _spark(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.spark import spark
+
+    record = spark(w, **params)
+    outputs = {name: getattr(record, name) for name in ("stream", "signs", "scale")}
+    return outputs | {"row_bytes": record.row_bytes.astype(np.int64), "w_hat": record.dense()}
+
+
 def _lorc(params: dict, w: np.ndarray, w_hat: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.kernels.packed.sparse import Plain
     from refllm.methods.finish.lorc import lorc
@@ -84,6 +104,8 @@ OPS = {
     "finish.lorc": _lorc,
     "quant.llm_int8": _llm_int8,
     "quant.zeroquant": _zeroquant,
+    "quant.olive": _olive,
+    "quant.spark": _spark,
     "transform.smoothquant": _smoothquant,
     "transform.osplus": _osplus,
 }

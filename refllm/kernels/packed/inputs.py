@@ -1,7 +1,8 @@
 """Records of weights that say how their inputs are rounded: y = x^ W^T, and x^ is part of what is stored.
 
-    TokenInputs     every token with a scale of its own: whole numbers of 2 to 8 bits, or FP8 E4M3
+    TokenInputs     every token with a scale of its own: whole numbers of 2 to 8 bits, FP8 E4M3, or SPARK's code
     StaticInputs    whole numbers with one scale for everything, found in calibration
+    PairInputs      outlier-victim pairs with such a scale
     OutlierInputs   int8 per token, except columns that hold an outlier: these stay as they are
 
 All share one form, x^ = scale (steps - zero), which each gives with `steps`; how they are multiplied: rounded.py.
@@ -14,13 +15,14 @@ import numpy as np
 
 from refllm.kernels.packed.activations import Rounding
 from refllm.kernels.packed.base import FLOATS, BaseRecord, check_array
+from refllm.kernels.pairs import round_pairs
 
-E4M3 = "e4m3"
+E4M3, SPARK = "e4m3", "spark"
 FORMS = {f"int{bits}": Rounding(bits) for bits in range(2, 9)}
 
 
 class RoundedInputs(BaseRecord):
-    """What the three have in common: a weight that is a record itself."""
+    """What all have in common: a weight that is a record itself."""
 
     weight: BaseRecord
 
@@ -72,6 +74,7 @@ class TokenInputs(RoundedInputs):
     weight : record
     form : str
         int2 ... int8: scale = amax / (2^(bits-1) - 1). e4m3: scale = amax / 448 and the nearest number of FP8 E4M3.
+        spark: scale = amax / 255 and the magnitudes that refllm.formats.spark makes of whole numbers.
     """
 
     weight: BaseRecord
@@ -80,19 +83,24 @@ class TokenInputs(RoundedInputs):
     stored: ClassVar[tuple[str, ...]] = ("weight",)
 
     def _check(self) -> None:
-        if self.form not in (*FORMS, E4M3):
-            raise ValueError(f"form of inputs must be {E4M3} or one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form not in (*FORMS, E4M3, SPARK):
+            raise ValueError(f"form of inputs must be {E4M3}, {SPARK} or one of {', '.join(FORMS)}, got {self.form!r}")
 
     def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
         """See RoundedInputs.steps."""
         if self.form in FORMS:
             return FORMS[self.form].steps(x)
         from refllm.formats.dtypes import FP8_E4M3FN
+        from refllm.formats.spark import ROUNDED
 
-        scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(FP8_E4M3FN.max)
+        most = FP8_E4M3FN.max if self.form == E4M3 else len(ROUNDED) - 1
+        scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(most)
         usable = np.isfinite(scale) & (scale > 0)
         steps = np.where(usable, x, 0) / np.where(usable, scale, np.float32(1))
-        return FP8_E4M3FN.decode(FP8_E4M3FN.encode(steps)), scale, None
+        if self.form == E4M3:
+            return FP8_E4M3FN.decode(FP8_E4M3FN.encode(steps)), scale, None
+        whole = np.clip(np.rint(np.abs(steps)), 0, most).astype(np.uint8)  # a tiny scale is rounded, and so is amax
+        return np.copysign(ROUNDED[whole].astype(np.float32), steps), scale, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +127,7 @@ class StaticInputs(RoundedInputs):
 
     def _check(self) -> None:
         Rounding(self.bits)
-        check_array("scale", self.scale, (np.float32,), (1, 1))
-        if not self.scale > 0:
-            raise ValueError(f"the scale of inputs must be positive, got {self.scale.item()}")
+        _check_scale(self.scale)
         if self.zero_point is not None:
             check_array("zero_point", self.zero_point, (np.uint8,), (1, 1))
             if self.zero_point >= 1 << self.bits:
@@ -138,6 +144,32 @@ class StaticInputs(RoundedInputs):
             return np.clip(codes, 1 - middle, middle - 1).astype(np.int8), scale, None
         zero = self.zero_point.astype(np.float32) - middle
         return np.clip(codes + zero, -middle, middle - 1).astype(np.int8), scale, zero
+
+
+@dataclass(frozen=True, eq=False)
+class PairInputs(RoundedInputs):
+    """Inputs as outlier-victim pairs of neighbouring columns (refllm.kernels.pairs), with one scale for everything.
+
+    Parameters
+    ----------
+    weight : record
+    scale : (1, 1) float32, positive
+    """
+
+    weight: BaseRecord
+    scale: np.ndarray
+    kind: ClassVar[str] = "pair_inputs"
+    stored: ClassVar[tuple[str, ...]] = ("weight", "scale")
+
+    def _check(self) -> None:
+        _check_scale(self.scale)
+
+    def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+        """See RoundedInputs.steps; they are whole numbers up to 96."""
+        finite = np.isfinite(x).all(axis=1, keepdims=True)
+        with np.errstate(over="ignore"):
+            values = round_pairs(np.where(finite, x, 0) / self.scale)
+        return values.astype(np.int8), np.where(finite, self.scale, np.float32(np.nan)), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +275,12 @@ def vector_wise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     usable = np.isfinite(amax) & (amax > 0) & np.isfinite(factor)
     codes = np.rint(np.where(usable, x, 0) * np.where(usable, factor, np.float32(0)))
     return codes.astype(np.int8), amax
+
+
+def _check_scale(scale: object) -> None:
+    check_array("scale", scale, (np.float32,), (1, 1))
+    if not scale > 0:
+        raise ValueError(f"the scale of inputs must be positive, got {scale.item()}")
 
 
 def _name(weight: object) -> str:

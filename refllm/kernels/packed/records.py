@@ -13,6 +13,7 @@ to.
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
     VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
     TableRows      codes of a table of values of each row's own
+    SparkWeight    codes of four or eight bits, the rows one after another
     Reordered      a record whose columns are stored in another order
     Sparse24       two of every four columns, with 2-bit positions
     SparseBitmask  the kept values in row-major order, one bit per weight saying where
@@ -21,7 +22,7 @@ to.
     LowRank        two factors; never multiplied out
     Plain          floats as they are
     Sum            two weights of one shape, whose products are added
-    TokenInputs, StaticInputs, OutlierInputs
+    TokenInputs, StaticInputs, PairInputs, OutlierInputs
                    a record, and how its inputs are rounded
     Rotated        a weight whose inputs are turned by a Hadamard matrix at run time
 
@@ -42,7 +43,8 @@ from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
-from refllm.kernels.packed.inputs import OutlierInputs, StaticInputs, TokenInputs
+from refllm.kernels.packed.inputs import OutlierInputs, PairInputs, StaticInputs, TokenInputs
+from refllm.kernels.packed.lengths import SparkWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Plain, Sparse24, SparseBitmask, SparseRows, Sum
@@ -59,10 +61,12 @@ __all__ = [
     "MinWeight",
     "MixedRows",
     "OutlierInputs",
+    "PairInputs",
     "Plain",
     "Record",
     "Reordered",
     "Rotated",
+    "SparkWeight",
     "Sparse24",
     "SparseBitmask",
     "SparseRows",
@@ -88,6 +92,7 @@ Record = (
     | CodeWeight
     | VectorWeight
     | TableRows
+    | SparkWeight
     | Reordered
     | Sparse24
     | SparseBitmask
@@ -98,6 +103,7 @@ Record = (
     | Sum
     | TokenInputs
     | StaticInputs
+    | PairInputs
     | OutlierInputs
     | Rotated
     | TwoLevel

@@ -12,11 +12,13 @@ from refllm.methods.quant.microscaling import mx as mx
 from refllm.methods.quant.microscaling import nvfp4 as nvfp4
 from refllm.methods.quant.nf4 import fp4 as fp4
 from refllm.methods.quant.nf4 import nf4 as nf4
+from refllm.methods.quant.olive import olive as olive
 from refllm.methods.quant.omse import omse as omse
 from refllm.methods.quant.pq import pq as pq
 from refllm.methods.quant.qoq import qoq as qoq
 from refllm.methods.quant.rtn import rtn as rtn
 from refllm.methods.quant.salient import salient as salient
+from refllm.methods.quant.spark import spark as spark
 from refllm.methods.quant.squeezellm import squeezellm as squeezellm
 from refllm.methods.quant.zeroquant import zeroquant as zeroquant
 from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
@@ -34,11 +36,13 @@ __all__ = [
     "mx",
     "nf4",
     "nvfp4",
+    "olive",
     "omse",
     "pq",
     "qoq",
     "rtn",
     "salient",
+    "spark",
     "squeezellm",
     "zeroquant",
     "zeroquant_fp",

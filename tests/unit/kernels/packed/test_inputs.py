@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, matmul, reference, rounded
 from refllm.kernels.packed.activations import Rounding, quantize_affine
-from refllm.kernels.packed.inputs import FORMS, OutlierInputs, StaticInputs, TokenInputs, vector_wise
+from refllm.kernels.packed.inputs import FORMS, OutlierInputs, PairInputs, StaticInputs, TokenInputs, vector_wise
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight, LowRank, Reordered, Sparse24, Sum
 from tests.strategies import PROPERTY, mixed_weights
 
@@ -38,9 +38,10 @@ def scale_of(value):
 
 def one_of_each(weight):
     kept = normal(weight.shape[0], 2).astype(np.float16)
-    yield from (TokenInputs(weight, form) for form in ("int8", "int4", "int5", "e4m3"))
+    yield from (TokenInputs(weight, form) for form in ("int8", "int4", "int5", "e4m3", "spark"))
     yield StaticInputs(weight, scale_of(0.02), None, 8)
     yield StaticInputs(weight, scale_of(0.3), np.full((1, 1), 9, np.uint8), 4)
+    yield PairInputs(weight, scale_of(0.05))
     yield from (OutlierInputs(weight, None, None, t) for t in (0.0, 1.5, 1e9, 1e-30))
     yield OutlierInputs(weight, np.int32([0, 7]), kept, 2.0)
 
@@ -65,7 +66,7 @@ def test_products_are_those_of_the_rounded_inputs(name, text, monkeypatch):
     monkeypatch.setenv("REFLLM_KERNELS", text)
     weight = WEIGHTS[name]
     x = normal(9, weight.shape[1], seed=5) * np.exp(normal(9, weight.shape[1], seed=6))
-    records = list(one_of_each(weight)) if name != "factors" else list(one_of_each(weight))[2:6]
+    records = list(one_of_each(weight)) if name != "factors" else list(one_of_each(weight))[2:8]
     for record in records:
         for some in (x, x[:1], x[4:6]):
             seen, dense = record.rounded(some).astype(np.float64), record.dense().astype(np.float64)
@@ -251,13 +252,14 @@ def test_affine_codes_reach_both_ends():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: TokenInputs(w, "int9"), "form of inputs must be e4m3 or one of int2, .*got 'int9'"),
+        (lambda w: TokenInputs(w, "int9"), "form of inputs must be e4m3, spark or one of int2, .*got 'int9'"),
         (lambda w: TokenInputs(w.dense(), "int8"), "weight must be a packed record .* got ndarray"),
         (lambda w: TokenInputs(TokenInputs(w, "int8"), "int8"), "whose inputs are not rounded, got token_inputs"),
         (lambda w: StaticInputs(w, scale_of(0), None, 8), "scale of inputs must be positive, got 0.0"),
         (lambda w: StaticInputs(w, scale_of(np.nan), None, 8), "scale holds NaN or Inf"),
         (lambda w: StaticInputs(w, scale_of(1), None, 9), "bits of activations must be 2 to 8, got 9"),
         (lambda w: StaticInputs(w, scale_of(1), np.full((1, 1), 16, np.uint8), 4), "zero_point must be below 16"),
+        (lambda w: PairInputs(w, scale_of(-1)), "scale of inputs must be positive, got -1"),
         (lambda w: OutlierInputs(w, None, None, math.nan), "threshold must be a number, got NaN"),
         (lambda w: OutlierInputs(w, np.int32([1]), None, 6.0), "come together or not at all"),
         (lambda w: OutlierInputs(w, np.int32([1, 1]), np.zeros((18, 2), np.float16), 6.0), "must rise and lie in"),

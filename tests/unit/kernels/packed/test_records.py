@@ -21,8 +21,10 @@ from refllm.kernels.packed.records import (
     MinWeight,
     MixedRows,
     OutlierInputs,
+    PairInputs,
     Reordered,
     Rotated,
+    SparkWeight,
     Sparse24,
     SparseBitmask,
     SparseRows,
@@ -87,6 +89,7 @@ def one_of_each():
             np.arange(48).reshape(6, 8, 1) % 12, W[:, :16].reshape(2, 1, 12, 4), None
         ),
         "table rows": TableRows.pack(np.arange(192, dtype=np.uint8).reshape(6, 32) % 8, W[:, :8].copy()),
+        "two lengths": SparkWeight.pack((100 * np.abs(W)).clip(0, 255).astype(np.uint8), W < 0, W[:, :4] ** 2),
         "sparse rows": SparseRows.compress(W, keep_top(np.abs(W), 0.1)),
         "blocks": BlockSparse.compress(W, np.array([[1, 0, 1], [0, 1, 1]]), (4, 12), "float32"),
         "blocks of int": blocks_of_int(),
@@ -110,6 +113,7 @@ def one_of_each_with_rounded_inputs():
     return one_of_each() | {
         "token inputs": TokenInputs(weight, "e4m3"),
         "static inputs": StaticInputs(weight, scale, zero_point, 8),
+        "pair inputs": PairInputs(weight, scale),
         "outlier inputs": OutlierInputs(weight, np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
     }
 
@@ -263,6 +267,14 @@ NAN16 = np.full((6, 2), np.nan, np.float16)
         (lambda: replaced(E["table rows"], tables=np.ones((6, 5), np.float16)), "a power of two"),
         (lambda: replaced(E["table rows"], tables=np.ones((5, 8), np.float32)), "tables must be"),
         (lambda: replaced(E["table rows"], tables=np.full((6, 8), np.inf, np.float32)), "tables holds NaN or Inf"),
+        (lambda: replaced(E["two lengths"], row_bytes=np.ones((6, 1), np.uint8)), "one unsigned integer a row"),
+        (lambda: replaced(E["two lengths"], row_bytes=np.ones(6, np.uint16)), "row_bytes must be uint8"),
+        (lambda: replaced(E["two lengths"], row_bytes=np.ones(6, np.uint8)), r"stream must be uint8 .6,."),
+        (lambda: replaced(E["two lengths"], row_bytes=E["two lengths"].row_bytes[::-1].copy()), "32 whole codes"),
+        (lambda: replaced(E["two lengths"], columns=31), "31 whole codes|signs: bits|equal groups"),
+        (lambda: replaced(E["two lengths"], signs=np.zeros((6, 5), np.uint8)), "signs must be uint8"),
+        (lambda: replaced(E["two lengths"], scale=np.ones((5, 4), np.float16)), "scale must be"),
+        (lambda: replaced(E["two lengths"], scale=np.ones((6, 5), np.float16)), "not 5 equal groups"),
         (lambda: replaced(E["sparse rows"], counts=np.full(6, 9, np.uint8)), "values must be"),
         (lambda: replaced(E["sparse rows"], counts=E["sparse rows"].counts.astype(np.uint16)), "counts must be uint8"),
         (lambda: replaced(E["sparse rows"], counts=np.ones((6, 1), np.uint8)), "one unsigned integer a row"),
