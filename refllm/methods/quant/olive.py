@@ -75,11 +75,11 @@ def olive(
 
     Examples
     --------
-    The neighbour of 40 gives its place away:
+    The neighbour of 40 gives its place away, and the steps of the others are no sixth of 40, as on an even grid:
 
-    >>> W = np.array([[7.0, -7.0, 40.0, 1.0, 3.0, -2.0, 5.0, -6.0] + [0.0, 0.0] * 28])
-    >>> olive(W, low=40).dense()[0, :8].round(1).tolist()
-    [7.0, -7.0, 40.0, 0.0, 3.0, -2.0, 5.0, -6.0]
+    >>> W = np.array([[6.5, -7.0, 40.0, 1.0, 3.0, -2.0, 5.0, -6.0] + 28 * [0.0, 0.0]])
+    >>> np.rint(olive(W).dense()[0, :8]).tolist()
+    [8.0, -8.0, 40.0, 0.0, 3.0, -3.0, 5.0, -5.0]
     """
     W = _checked(W, low, high)
     if scale_dtype not in SCALE_DTYPES:
