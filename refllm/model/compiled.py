@@ -358,7 +358,7 @@ class Compiled:
         if activations in BITS and has_codes(weight):
             kind = rounded_kind(activation_block(weight), BITS[activations])
         self._kept.append(made)
-        kernel = product_address(made.form, kind != FLOAT, n)
+        kernel = product_address(made.form, kind, n)
         return self._address(made.table), kernel, laid_kind(made.form, kind), tiles
 
     def _address(self, array: np.ndarray) -> int:

@@ -63,7 +63,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
     at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
     laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
-    lay_out, product = _lay_out(n), _product(tiles.form, kind != FLOAT, n)
+    lay_out, product = _lay_out(n), _product(tiles.form, kind, n)
     wanted = laid_kind(tiles.form, kind)
     for start in range(0, panels, most):
         done, count = start * n, min(most, panels - start)
@@ -83,8 +83,8 @@ def _padded(x: np.ndarray, columns: int) -> np.ndarray:
 
 
 @cache
-def _product(form, integers: bool, n: int):
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product_address(form, integers, n))
+def _product(form, kind: int, n: int):
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product_address(form, kind, n))
 
 
 @cache
@@ -196,7 +196,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     x, sums = _laid_codes(x_codes, tiles, panels, n)
     scale = np.ones((panels, tiles.blocks, n), np.float32)
     y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
-    product, stride = _product(tiles.form, True, n), y.strides[0]
+    product, stride = _product(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
     over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n)
     return y[:tokens, : tiles.shape[0]]

@@ -48,7 +48,8 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
         total = fma(x_scale * (sum of x_code * number), scale, total)
         total = fma(low, x_scale * (sum of x_code), total)
 
-    in float32, where the sums are exact and an fma rounds once. K-quants (w = d * whole + low * minimum, whole numbers
+    in float32, where the sums are exact and an fma rounds once. A scale per token is left out there, and multiplies the
+    total of the row. K-quants (w = d * whole + low * minimum, whole numbers
     and minima being products of levels) have one scale per 256 columns, and a power of two for every 32 of them
     (quantize_shifted), and block by block of 256, from 0 on,
 
@@ -61,7 +62,12 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     if block == SUPER_BLOCK:
         return _add_super_blocks(x.astype(np.float32), weight, bits).astype(x.dtype)
     codes, steps = quantize_activations(x.astype(np.float32), block, bits)
-    return codes_times(codes, weight, steps).astype(x.dtype)
+    if weight.whole(slice(0, 1)) is None:
+        return matmul_float(dequantize_activations(codes, steps), weight).astype(x.dtype)
+    if block:
+        return codes_times(codes, weight, steps).astype(x.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (codes_times(codes, weight) * steps).astype(x.dtype)
 
 
 def activation_block(weight) -> int:
@@ -84,17 +90,15 @@ def codes_times(x_codes: np.ndarray, weight, steps: np.ndarray | None = None) ->
     x_codes : (tokens, in) int8
     weight : record
         One without whole numbers is decoded.
-    steps : (tokens, in / block) or (tokens, 1) float32
+    steps : (tokens, in / block) float32, optional
         None: 1.
 
     Returns
     -------
     (tokens, out) float32
     """
-    if steps is None:
-        steps = np.ones((len(x_codes), 1), np.float32)
     if weight.whole(slice(0, 1)) is None:
-        return matmul_float(dequantize_activations(x_codes, steps), weight)
+        return matmul_float(x_codes.astype(np.float32), weight)
     codes, y = x_codes.astype(np.float32), np.empty((len(x_codes), weight.shape[0]), np.float32)
     few = weight.shape[0], max(len(codes), weight.shape[1] // 16)
     for ids in row_blocks(few, BLOCK_ELEMENTS // 16):  # sums stay in cache, and so do numbers
@@ -102,15 +106,15 @@ def codes_times(x_codes: np.ndarray, weight, steps: np.ndarray | None = None) ->
     return y
 
 
-def _add_runs(codes: np.ndarray, steps: np.ndarray, weight: Whole) -> np.ndarray:
-    """The sums of matmul_rounded: codes (tokens, in) and steps (tokens, in / block or 1) -> (tokens, rows) float32."""
+def _add_runs(codes: np.ndarray, steps: np.ndarray | None, weight: Whole) -> np.ndarray:
+    """The sums of matmul_rounded: codes (tokens, in) and steps (tokens, in / block) -> (tokens, rows) float32."""
     total = np.zeros((len(codes), len(weight.numbers)), np.float32)
-    group, block = (codes.shape[1] // a.shape[1] for a in (weight.scale, steps))
+    group, block = codes.shape[1] // weight.scale.shape[1], codes.shape[1] // (1 if steps is None else steps.shape[1])
     for start in range(0, codes.shape[1], group):
         scale = weight.scale[:, start // group]
         for first in range(start, start + group, RUN):
             run = slice(first, min(first + RUN, start + group))
-            step = steps[:, first // block, None]
+            step = np.float32(1) if steps is None else steps[:, first // block, None]
             with np.errstate(invalid="ignore", over="ignore"):
                 # Sums of products below 2^24 are exact in float32, and there BLAS makes them.
                 total = fma(step * (codes[:, run] @ weight.numbers[:, run].T), scale, total)

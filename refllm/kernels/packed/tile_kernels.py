@@ -101,10 +101,11 @@ def laid_kind(form: Form, kind: int) -> int:
     return kind | form.offset << KINDS if _begins(form, kind != FLOAT) else kind
 
 
-def _products(form: Form, integers: bool, n: int, part: int):
+def _products(form: Form, kind: int, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
     if form.layout == "pairs":
-        return _picked_products(form, integers, n, part)
+        return _picked_products(form, kind, n, part)
+    integers, stepped = kind != FLOAT, kind == BLOCKS
     parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
     if integers:
@@ -117,25 +118,28 @@ def _products(form: Form, integers: bool, n: int, part: int):
         of = splats(sums + at, n)
         if integers:
             p = products(codes, x, sums + at)
-            p = times(minus_product(p, zero, of) if own_zero else p, step)
+            p = minus_product(p, zero, of) if own_zero else p
+            p = times(p, step) if stepped else p
         else:
             p = products(codes, x, zero, table)
         total = fma(p, scale, total)
         if minimum:
-            total = fma(lowest, times(of, step), total)
+            total = fma(lowest, times(of, step) if stepped else of, total)
         return total
 
     return add_products
 
 
-def _picked_products(form: Form, integers: bool, n: int, part: int):
+def _picked_products(form: Form, kind: int, n: int, part: int):
     """The same for 2:4, where x is a block of activations and a half of a block of kept columns takes two of four."""
+    integers, stepped = kind != FLOAT, kind == BLOCKS
     products = picked_products(form, part, n) if integers else float_products(form, part, 2, n)
 
     @register_jitable(forceinline=True)
     def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
         if integers:
-            return fma(times(products(codes, x, zero), step), scale, total)
+            p = products(codes, x, zero)
+            return fma(times(p, step) if stepped else p, scale, total)
         total = fma(products(codes, x, zero, table), scale, total)
         return fma(splats(sums, n), every(0), total)  # NaN if any of the activations is, picked or not
 
@@ -172,7 +176,7 @@ def _load_table(form: Form):
     return _table_address if form.table in (SIXTEEN, MANY) else _no_table
 
 
-def _run_of_blocks(form: Form, integers: bool, n: int):
+def _run_of_blocks(form: Form, kind: int, n: int):
     """Adds the products of consecutive blocks of a row of tiles.
 
     Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
@@ -181,9 +185,9 @@ def _run_of_blocks(form: Form, integers: bool, n: int):
     two, pairs = parts == 2, form.layout == "pairs"
     (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
     scale_bytes, low_bytes = ROWS * width, ROWS * (2 if minimum else 1)
-    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     wide = 2 if pairs else 1  # blocks of activations beside one of codes
-    add_first, add_second = (_products(form, integers, n, part) for part in (0, 1 if pairs else parts - 1))
+    add_first, add_second = (_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
 
     @register_jitable
     def load_group(scale, low):
@@ -224,21 +228,24 @@ def _run_of_blocks(form: Form, integers: bool, n: int):
     return add_run
 
 
-def product_text(form: Form, integers: bool, n: int):
+def product_text(form: Form, kind: int, n: int):
     """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
+
+    With a scale per token, the sums are multiplied with it at the end.
 
     weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
     """
     if form.scale == "levels":
-        return _levels_text(form, integers, n)
+        return _levels_text(form, kind, n)
     if form.layout == "bitmask":
         return _bitmask_text(form, n)
     if form.layout == "blocks":
-        return _blocks_text(form, integers, n)
+        return _blocks_text(form, kind, n)
     if form.layout == "vectors":
         return _vectors_text(form, n)
-    x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
-    add_run, load_table, factor = _run_of_blocks(form, integers, n), _load_table(form), form.scale == "ue4m3"
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
+    add_run, load_table, factor = _run_of_blocks(form, kind, n), _load_table(form), form.scale == "ue4m3"
+    per_token = kind == TOKEN
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
@@ -250,6 +257,8 @@ def product_text(form: Form, integers: bool, n: int):
                     at = panel * blocks
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
                     total = add_run(zeros(n), tile, blocks, per, codes, scale, low, some, steps, sums, table)
+                    if per_token:
+                        total = times(total, splats(steps, n))
                     if factor:
                         total = times(total, load_floats(word(weight, 7) + 4 * ROWS * tile))
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
@@ -257,10 +266,11 @@ def product_text(form: Form, integers: bool, n: int):
     return tile_product
 
 
-def _blocks_text(form: Form, integers: bool, n: int):
+def _blocks_text(form: Form, kind: int, n: int):
     """product_text where whole blocks are left out: each tile meets its kept ones."""
+    integers, per_token = kind != FLOAT, kind == TOKEN
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
-    add_run, load_table = _run_of_blocks(form, integers, n), _load_table(form)
+    add_run, load_table = _run_of_blocks(form, kind, n), _load_table(form)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
@@ -279,13 +289,16 @@ def _blocks_text(form: Form, integers: bool, n: int):
                         at = load_whole(where + 4 * kept)
                         mine, step, of = some + at * x_bytes, steps + at * step_bytes, sums + at * sum_bytes
                         total = add_run(total, kept, run, per, codes, scale, low, mine, step, of, table)
+                    if per_token:
+                        total = times(total, splats(steps, n))
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
     return tile_product
 
 
-def _levels_text(form: Form, integers: bool, n: int):
+def _levels_text(form: Form, kind: int, n: int):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
+    integers = kind != FLOAT
     above = SUPER // BLOCK
     code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
     x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
@@ -320,7 +333,7 @@ def _float_super(form: Form, n: int):
     above, levels, offset, x_bytes, step_bytes, sum_bytes = (
         SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
     )  # fmt: skip
-    add_first, add_second = (_products(form, False, n, part) for part in (0, form.parts - 1))
+    add_first, add_second = (_products(form, FLOAT, n, part) for part in (0, form.parts - 1))
 
     @register_jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):
@@ -523,10 +536,14 @@ def lay_out_text(n: int):
 
 
 @cache
-def product_address(form: Form, integers: bool, n: int) -> int:
-    """Address of the compiled product: void(weight, x, x_scale, x_sums, y, stride, panels, first, last)."""
-    key = f"_{form.key}_{'int8' if integers else 'float'}_{n}"
-    return compile_address(product_text(form, integers, n), types.void(*[types.intp] * 9), key)
+def product_address(form: Form, kind: int, n: int) -> int:
+    """Address of the compiled product: void(weight, x, x_scale, x_sums, y, stride, panels, first, last).
+
+    kind : of activations; 4 bits make no difference.
+    """
+    kind &= ~FOUR
+    key = f"_{form.key}_{('float', 'blocks', 'token', 'supers')[kind]}_{n}"
+    return compile_address(product_text(form, kind, n), types.void(*[types.intp] * 9), key)
 
 
 @cache

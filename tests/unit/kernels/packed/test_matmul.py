@@ -136,16 +136,16 @@ def test_whole_numbers_make_up_the_weight(name):
 
 
 def test_a_rounded_product_by_hand():
-    """Groups of 48 columns: runs of 32 and 16, each rounded on its way into the total."""
+    """Groups of 48 columns: runs of 32 and 16, each rounded on its way into the total, which meets the scale of x."""
     codes = np.arange(96, dtype=np.uint8)[None] % 16
     weight = IntWeight(pack_bits(codes, 4), np.float32([[0.1, 0.3]]), None, 4, 48, 96)
     x = np.float32(np.random.default_rng(0).standard_normal((1, 96)))
     x_codes, (step,) = quantize_activations(x)[0][0].astype(int), quantize_activations(x)[1][0]
     total = Fraction(0)
     for scale, start, stop in ((0.1, 0, 32), (0.1, 32, 48), (0.3, 48, 80), (0.3, 80, 96)):
-        part = np.float32((x_codes[start:stop] * (codes[0, start:stop].astype(int) - 8)).sum()) * step
-        total = nearest_float32(Fraction(float(part)) * Fraction(float(np.float32(scale))) + total)
-    assert reference.matmul_int8(x, weight).tolist() == [[float(total)]]
+        part = int((x_codes[start:stop] * (codes[0, start:stop].astype(int) - 8)).sum())
+        total = nearest_float32(part * Fraction(float(np.float32(scale))) + total)
+    assert reference.matmul_int8(x, weight).tolist() == [[float(np.float32(total) * step)]]
 
 
 def nearest_float32(value: Fraction) -> Fraction:

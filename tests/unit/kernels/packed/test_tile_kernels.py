@@ -104,8 +104,8 @@ def kind_of(weight):
 
 
 def kinds_of(weight):
-    """All that its product takes."""
-    return (FLOAT, SUPERS) if kind_of(weight) == SUPERS else (FLOAT, BLOCKS, TOKEN)
+    """All that meet it."""
+    return FLOAT, kind_of(weight)
 
 
 def drawn_activations(columns, kinds, seed):
@@ -321,8 +321,10 @@ def test_not_a_number_poisons_its_token_only(bad, kind, tokens):
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [(form, kind) for form in ("S4 float16", "A4 float32") for kind in (FLOAT, BLOCKS, TOKEN)]
-    + [("Q2_K", FLOAT), ("Q2_K", SUPERS)],
+    [
+        *[(form, kind) for form in ("S4 float16", "A4 float32") for kind in (FLOAT, TOKEN)],
+        *[("Q4_1", BLOCKS), ("Q2_K", FLOAT), ("Q2_K", SUPERS)],
+    ],
 )
 def test_any_number_of_tokens_and_threads_gives_the_same_bits(form, kind, monkeypatch):
     monkeypatch.setattr(threads, "MINIMUM_WORK", 1)
@@ -419,8 +421,9 @@ def test_the_other_forms_of_the_dot_product(name, features, dots):
 
 def assembly(form, n):
     """Of an integer product."""
+    kind = SUPERS if form.scale == "levels" else BLOCKS
     product = numba.cfunc(types.void(*[types.intp] * 9), error_model="numpy")
-    return product(tile_kernels.product_text(form, True, n))._library.get_asm_str()
+    return product(tile_kernels.product_text(form, kind, n))._library.get_asm_str()
 
 
 SPILL = r"vmov\w+\s+%zmm\d+, -?\w*\(%r[sb]p\)"  # a vector that leaves the registers
