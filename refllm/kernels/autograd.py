@@ -92,7 +92,10 @@ class Tensor:
         return mul(self, -1.0)
 
     def __truediv__(self, other):
-        return mul(self, power(_tensor(other, self), -1.0))
+        return divide(self, other)
+
+    def __rtruediv__(self, other):
+        return divide(other, self)
 
     def __matmul__(self, other):
         return matmul(self, other)
@@ -184,6 +187,21 @@ def mul(a, b) -> Tensor:
     )
 
 
+def divide(a, b) -> Tensor:
+    """a / b with broadcasting, rounded once."""
+    a, b = _both(a, b)
+    ratio = a.data / b.data
+
+    def pull(g):
+        part = g / b.data
+        return (
+            _unbroadcast(part, a.shape) if a.needs_grad else None,
+            _unbroadcast(-part * ratio, b.shape) if b.needs_grad else None,
+        )
+
+    return record(ratio, (a, b), pull)
+
+
 def power(x: Tensor, exponent: float) -> Tensor:
     """x ** exponent, the exponent a constant."""
     return record(x.data**exponent, (x,), lambda g: (g * exponent * x.data ** (exponent - 1),))
@@ -193,6 +211,13 @@ def exp(x: Tensor) -> Tensor:
     """Elementwise exponential."""
     y = np.exp(x.data)
     return record(y, (x,), lambda g: (g * y,))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), through exp(-|x|), which cannot overflow."""
+    small = np.exp(-np.abs(x.data))
+    y = np.where(x.data < 0, small, 1) / (1 + small)
+    return record(y, (x,), lambda g: (g * y * (1 - y),))
 
 
 def log(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ symmetric grid of Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, as in DeepSpee
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +36,7 @@ import numpy as np
 SCALE_DTYPES = ("float16", "float32")
 PER_CHANNEL = -1
 PER_TENSOR = 0
+COMMON_GROUP, LEAST_GROUP = 128, 8
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -58,6 +60,32 @@ def group_count(columns: int, group_size: int) -> int:
     if columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {columns} columns of the weight")
     return columns // group_size
+
+
+def group_for(columns: int, group_size: int | None) -> int:
+    """group_size where it is given, else 128, or what 128 and the width have in common.
+
+    Raises
+    ------
+    ValueError
+        They have less than 8 in common; 0, for methods that need the groups of rows.
+
+    Examples
+    --------
+    >>> group_for(4096, None), group_for(576, None), group_for(576, 32)
+    (128, 64, 32)
+    """
+    if group_size == PER_TENSOR:
+        raise ValueError("group_size must be positive or -1 (whole rows), got 0")
+    if group_size is not None:
+        return group_size
+    common = gcd(COMMON_GROUP, columns)
+    if common < LEAST_GROUP:
+        raise ValueError(
+            f"{columns} columns have no group of {LEAST_GROUP} to {COMMON_GROUP} in common with {COMMON_GROUP}; "
+            "give a group_size that divides them"
+        )
+    return common
 
 
 def grouped(W: np.ndarray, group_size: int) -> np.ndarray:

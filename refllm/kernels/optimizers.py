@@ -18,7 +18,8 @@ class Optimizer:
 
     rate : AdamW's learning rate. muon_rate : Muon's, on every matrix but embeddings; None = AdamW everywhere.
     betas, eps : AdamW's. momentum : Muon's. decay : decoupled weight decay, on matrices only. clip : bound on the
-    global gradient norm, None = no clipping.
+    global gradient norm, None = no clipping. rates : (part of a name, AdamW's rate for it) in place of `rate`, the
+    first part that matches.
     """
 
     rate: float
@@ -28,6 +29,11 @@ class Optimizer:
     momentum: float = 0.95
     decay: float = 0.0
     clip: float | None = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
+
+    def rate_of(self, name: str) -> float:
+        """AdamW's rate for a tensor."""
+        return next((rate for part, rate in self.rates if part in name), self.rate)
 
     def uses_muon(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether Muon updates this tensor."""

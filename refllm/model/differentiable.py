@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,27 +33,59 @@ def hidden_states(params: Mapping[str, Tensor], config: ModelConfig, ids: np.nda
     ValueError
         If the architecture has a part this forward pass lacks.
     """
-    _check_plain(config)
+    check_plain(config)
     B, T = ids.shape
-    H, Hk, D = config.num_heads, config.num_kv_heads, config.head_dim
     x = fused.embedding(params["model.embed_tokens.weight"], ids)
-    cos, sin = cos_sin(config.rope, D, np.arange(T), x.data.dtype)
-    scale = D**-0.5 if config.attention_scale is None else config.attention_scale
     for layer in range(config.num_layers):
-        weight = lambda name, prefix=f"model.layers.{layer}.": params[f"{prefix}{name}.weight"]
-        h = fused.rmsnorm(x, weight("input_layernorm"), config.norm_eps)
-        q = fused.linear(h, weight("self_attn.q_proj")).reshape(B, T, H, D)
-        k = fused.linear(h, weight("self_attn.k_proj")).reshape(B, T, Hk, D)
-        v = fused.linear(h, weight("self_attn.v_proj")).reshape(B, T, Hk, D)
-        mixed = fused.causal_attention(fused.rotate(q, cos, sin), fused.rotate(k, cos, sin), v, scale)
-        x = x + fused.linear(mixed.reshape(B * T, H * D), weight("self_attn.o_proj"))
-        h = fused.rmsnorm(x, weight("post_attention_layernorm"), config.norm_eps)
-        gate, up = fused.linear(h, weight("mlp.gate_proj")), fused.linear(h, weight("mlp.up_proj"))
-        x = x + fused.linear(fused.swiglu(gate, up), weight("mlp.down_proj"))
+        x = block_states(params, config, layer, x, B, T)
     return fused.rmsnorm(x, params["model.norm.weight"], config.norm_eps)
 
 
-def _check_plain(config: ModelConfig) -> None:
+def block_states(
+    params: Mapping[str, Tensor],
+    config: ModelConfig,
+    layer: int,
+    x: Tensor,
+    B: int,
+    T: int,
+    *,
+    at_linears: Callable[[Tensor], Tensor] | None = None,
+    at_attention: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """One decoder layer, the differentiable twin of `refllm.model.llama.block`.
+
+    Parameters
+    ----------
+    params : mapping of Hugging Face names to Tensor
+        At least those of the layer.
+    x : Tensor [B * T, d]
+        Hidden states, in and out.
+    at_linears, at_attention : callable, optional
+        What the linears see of their inputs [B * T, in], and the attention of queries, keys and values [B, T, heads, D]
+        after the rotation: rounding, say.
+    """
+    H, Hk, D = config.num_heads, config.num_kv_heads, config.head_dim
+    seen, read = at_linears or _unchanged, at_attention or _unchanged
+    cos, sin = cos_sin(config.rope, D, np.arange(T), x.data.dtype)
+    scale = D**-0.5 if config.attention_scale is None else config.attention_scale
+    weight = lambda name: params[f"model.layers.{layer}.{name}.weight"]
+    h = seen(fused.rmsnorm(x, weight("input_layernorm"), config.norm_eps))
+    q = fused.linear(h, weight("self_attn.q_proj")).reshape(B, T, H, D)
+    k = fused.linear(h, weight("self_attn.k_proj")).reshape(B, T, Hk, D)
+    v = fused.linear(h, weight("self_attn.v_proj")).reshape(B, T, Hk, D)
+    mixed = fused.causal_attention(read(fused.rotate(q, cos, sin)), read(fused.rotate(k, cos, sin)), read(v), scale)
+    x = x + fused.linear(seen(mixed.reshape(B * T, H * D)), weight("self_attn.o_proj"))
+    h = seen(fused.rmsnorm(x, weight("post_attention_layernorm"), config.norm_eps))
+    gate, up = fused.linear(h, weight("mlp.gate_proj")), fused.linear(h, weight("mlp.up_proj"))
+    return x + fused.linear(seen(fused.swiglu(gate, up)), weight("mlp.down_proj"))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def check_plain(config: ModelConfig) -> None:
+    """Raise ValueError for an architecture with a part that the differentiable pass lacks."""
     lacks = {
         "activation": config.activation != "silu",
         "biases": config.attention_bias or config.output_bias or config.mlp_bias,

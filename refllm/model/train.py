@@ -248,7 +248,7 @@ class _Worker:
             if optimizer.uses_muon(name, shape):
                 muon_update(value, gradient, first, factor * optimizer.muon_rate, optimizer)
             else:
-                adamw_update(value, gradient, first, second, step, factor * optimizer.rate, optimizer)
+                adamw_update(value, gradient, first, second, step, factor * optimizer.rate_of(name), optimizer)
 
 
 def _share(layout: _Layout, optimizer: Optimizer, processes: int) -> list[list[int]]:

@@ -18,7 +18,9 @@ from refllm.kernels.packed.base import FLOATS, BaseRecord, check_array
 from refllm.kernels.pairs import round_pairs
 
 E4M3, SPARK = "e4m3", "spark"
-FORMS = {f"int{bits}": Rounding(bits) for bits in range(2, 9)}
+FORMS = {
+    f"{sign}int{bits}": Rounding(bits, symmetric=not sign) for sign in ("", "u") for bits in range(2, 9)
+}  # fmt: skip
 
 
 class RoundedInputs(BaseRecord):
@@ -73,8 +75,9 @@ class TokenInputs(RoundedInputs):
     ----------
     weight : record
     form : str
-        int2 ... int8: scale = amax / (2^(bits-1) - 1). e4m3: scale = amax / 448 and the nearest number of FP8 E4M3.
-        spark: scale = amax / 255 and the magnitudes that refllm.formats.spark makes of whole numbers.
+        int2 ... int8: scale = amax / (2^(bits-1) - 1). uint2 ... uint8: scale = (max - min) / (2^bits - 1), 0 in the
+        range, and a zero point per token. e4m3: scale = amax / 448 and the nearest number of FP8 E4M3. spark: scale =
+        amax / 255 and the magnitudes that refllm.formats.spark makes of whole numbers.
     """
 
     weight: BaseRecord
@@ -86,7 +89,7 @@ class TokenInputs(RoundedInputs):
         if self.form not in (*FORMS, E4M3, SPARK):
             raise ValueError(f"form of inputs must be {E4M3}, {SPARK} or one of {', '.join(FORMS)}, got {self.form!r}")
 
-    def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+    def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """See RoundedInputs.steps."""
         if self.form in FORMS:
             return FORMS[self.form].steps(x)

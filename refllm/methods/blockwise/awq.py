@@ -36,12 +36,11 @@ Baseline: rtn with the same bits and group
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd
 
 import numpy as np
 
 from refllm.kernels import scales
-from refllm.kernels.grids import MinMaxGrid, grouped
+from refllm.kernels.grids import MinMaxGrid, group_for, grouped
 from refllm.kernels.packed.records import IntWeight
 from refllm.kernels.stats import Stats
 from refllm.methods.record import Report, report
@@ -52,7 +51,6 @@ from refllm.model.walk import layer_linears, walk, windows
 
 RATIOS = tuple(i / 20 for i in range(20))
 WINDOW = 512
-GROUP, LEAST_GROUP = 128, 8
 UNCLIPPED = ("q_proj.weight", "k_proj.weight")  # their outputs meet in a product: hard to judge one by one
 
 
@@ -128,16 +126,7 @@ def awq(
 
 def grid_for(W: np.ndarray, bits: int, group_size: int | None, scale_dtype: str) -> MinMaxGrid:
     """The grid of a weight: of groups of `group_size`, or of 128 or what 128 and the width have in common."""
-    if group_size == 0:
-        raise ValueError("group_size must be positive or -1 (whole rows), got 0")
-    if group_size is None:
-        group_size = gcd(GROUP, W.shape[1])
-        if group_size < LEAST_GROUP:
-            raise ValueError(
-                f"{W.shape[1]} columns have no group of {LEAST_GROUP} to {GROUP} in common with {GROUP}; "
-                "give a group_size that divides them"
-            )
-    return MinMaxGrid(bits, group_size, scale_dtype)
+    return MinMaxGrid(bits, group_for(W.shape[1], group_size), scale_dtype)
 
 
 def pack(W: np.ndarray, grid: MinMaxGrid, X: np.ndarray | None = None) -> IntWeight:

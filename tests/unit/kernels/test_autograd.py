@@ -13,11 +13,13 @@ GENERIC = {
     "multiply": (lambda a, b: a * b, normal(3, 4), normal(1, 4)),
     "multiply, one operand twice": (lambda a: a * a * 3.0, normal(5)),
     "divide": (lambda a, b: a / b, normal(3, 2), 2 + np.abs(normal(3, 2, seed=1))),
+    "number divided by tensor": (lambda a: 3.0 / a, 2 + np.abs(normal(3))),
     "array minus tensor": (lambda a: np.ones((2, 3)) - a, normal(3)),
     "tensor minus array": (lambda a: a - np.ones((2, 3)), normal(3)),
     "number minus tensor": (lambda a: 1.0 - a, normal(3)),
     "power": (lambda a: ag.power(a, -0.5), 1 + np.abs(normal(4))),
     "exp": (ag.exp, normal(2, 3)),
+    "sigmoid": (ag.sigmoid, 3 * normal(2, 5)),
     "log": (ag.log, 1 + np.abs(normal(2, 3))),
     "matmul": (lambda a, b: a @ b, normal(3, 4), normal(4, 2)),
     "matmul of stacks, broadcast": (lambda a, b: a @ b, normal(2, 3, 4), normal(4, 2)),
@@ -43,12 +45,26 @@ def test_check_itself_can_fail():
         assert_gradients(wrong, normal(3))
 
 
+def test_a_quotient_is_rounded_once():
+    x = np.arange(1, 100, dtype=np.float32)
+    assert np.array_equal((ag.parameter(x) / 49.0).data, x / np.float32(49))
+    assert not np.array_equal(x * (np.float32(1) / np.float32(49)), x / np.float32(49))  # the test can fail
+
+
 def test_rounding_passes_the_gradient_straight_through():
     x = ag.parameter(np.array([-1.5, -0.5, 0.5, 1.5, 2.4]))
     y = ag.round_through(x)
     assert y.data.tolist() == [-2.0, 0.0, 0.0, 2.0, 2.0]  # half to even
     (y * np.arange(5.0)).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_sigmoid_of_large_numbers():
+    x = ag.parameter(np.float32([-1e4, 0.0, 1e4]))
+    y = ag.sigmoid(x)
+    assert y.data.tolist() == [0.0, 0.5, 1.0] and y.data.dtype == np.float32
+    y.sum().backward()
+    assert x.grad.tolist() == [0.0, 0.25, 0.0]
 
 
 def test_clip_passes_gradient_at_the_bounds():

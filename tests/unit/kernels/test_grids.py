@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.kernels.grids import AffineGrid, FullRangeGrid, SymmetricGrid, TwosGrid, group_count
+from refllm.kernels.grids import AffineGrid, FullRangeGrid, SymmetricGrid, TwosGrid, group_count, group_for
 from tests.strategies import PROPERTY, group_sizes, mixed_weights, weight_row
 
 GRIDS = (SymmetricGrid, AffineGrid, FullRangeGrid)
@@ -167,3 +167,13 @@ def test_bad_input(call, message):
 def test_float32_scales_hold_what_float16_cannot():
     codes, scale, _ = quantized(SymmetricGrid(4, -1, "float32"), np.full((1, 4), 1e6))
     assert scale.dtype == np.float32 and (codes == 15).all()
+
+
+def test_groups_that_follow_the_width():
+    widths = (4096, 576, 384, 48, 8)
+    assert [group_for(width, None) for width in widths] == [128, 64, 128, 16, 8]
+    assert [group_for(100, size) for size in (-1, 10)] == [-1, 10]
+    with pytest.raises(ValueError, match="100 columns have no group of 8 to 128 in common with 128"):
+        group_for(100, None)
+    with pytest.raises(ValueError, match="positive or -1"):
+        group_for(100, 0)

@@ -40,6 +40,11 @@ def test_muon_takes_matrices_of_layers_only():
     assert not replace(optimizer, muon_rate=None).uses_muon("model.layers.0.mlp.up_proj.weight", (4, 4))
 
 
+def test_rates_by_name():
+    optimizer = Optimizer(rate=0.1, rates=(("let.", 0.2), ("let.keys", 0.3)))
+    assert [optimizer.rate_of(name) for name in ("a.hi", "let.values", "let.keys")] == [0.1, 0.2, 0.2]
+
+
 def test_schedule_by_hand():
     cosine = Schedule(steps=10, warmup=2, final=0.1)
     assert [cosine.factor(s) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]

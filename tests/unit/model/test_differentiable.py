@@ -5,8 +5,8 @@ import pytest
 
 from refllm.kernels.autograd import Tensor, parameter
 from refllm.kernels.nn import cross_entropy
-from refllm.model.differentiable import NextToken, hidden_states, initial_weights
-from refllm.model.llama import forward
+from refllm.model.differentiable import NextToken, block_states, hidden_states, initial_weights
+from refllm.model.llama import block, forward
 from refllm.model.model import Model
 from refllm.model.probe import attention_weights
 from tests.models import random_config, random_model
@@ -26,6 +26,25 @@ def test_training_forward_equals_inference_forward(tied):
     targets = np.roll(IDS, -1, axis=1)
     loss = NextToken(model.config)(params, (IDS, targets)).data
     assert float(loss) == pytest.approx(np.mean(cross_entropy(want, targets)), rel=1e-12)
+
+
+def test_a_block_and_what_stands_before_its_linears_and_its_attention():
+    """Equal to the readable block; the two places see what the readable one shows, in its order."""
+    model, seen, heads = random_model("llama", np.float64), [], []
+    x = np.random.default_rng(0).normal(size=(2, 21, 32))
+    params = {name: Tensor(weight) for name, weight in model.weights.items()}
+    at_linears, at_attention = (lambda h, to=to: to.append(h.data) or h for to in (seen, heads))
+    out = block_states(
+        params, model.config, 1, Tensor(x.reshape(42, 32)), 2, 21, at_linears=at_linears, at_attention=at_attention
+    )
+    shown = []
+    want = block(model, 1, x, np.arange(21), observe=lambda names, h: shown.append(h.reshape(42, -1)))
+    assert np.abs(out.data - want.reshape(42, 32)).max() <= 1e-12 * np.abs(want).max()
+    assert len(seen) == len(shown) == 4
+    assert all(np.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(seen, shown, strict=True))
+    assert [h.shape for h in heads] == [(2, 21, 4, 8), (2, 21, 2, 8), (2, 21, 2, 8)]
+    halved = block_states(params, model.config, 1, Tensor(x.reshape(42, 32)), 2, 21, at_linears=lambda h: h * 0.5)
+    assert np.abs(halved.data - out.data).max() > 0.01
 
 
 def test_gradient_of_the_whole_model():

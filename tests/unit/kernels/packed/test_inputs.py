@@ -38,7 +38,7 @@ def scale_of(value):
 
 def one_of_each(weight):
     kept = normal(weight.shape[0], 2).astype(np.float16)
-    yield from (TokenInputs(weight, form) for form in ("int8", "int4", "int5", "e4m3", "spark"))
+    yield from (TokenInputs(weight, form) for form in ("int8", "int4", "int5", "uint8", "uint4", "e4m3", "spark"))
     yield StaticInputs(weight, scale_of(0.02), None, 8)
     yield StaticInputs(weight, scale_of(0.3), np.full((1, 1), 9, np.uint8), 4)
     yield PairInputs(weight, scale_of(0.05))
@@ -66,7 +66,7 @@ def test_products_are_those_of_the_rounded_inputs(name, text, monkeypatch):
     monkeypatch.setenv("REFLLM_KERNELS", text)
     weight = WEIGHTS[name]
     x = normal(9, weight.shape[1], seed=5) * np.exp(normal(9, weight.shape[1], seed=6))
-    records = list(one_of_each(weight)) if name != "factors" else list(one_of_each(weight))[2:8]
+    records = list(one_of_each(weight)) if name != "factors" else list(one_of_each(weight))[2:10]
     for record in records:
         for some in (x, x[:1], x[4:6]):
             seen, dense = record.rounded(some).astype(np.float64), record.dense().astype(np.float64)
@@ -280,3 +280,4 @@ def test_bad_records(make, message):
 
 def test_forms_are_all_the_widths():
     assert [FORMS[f"int{bits}"].bits for bits in range(2, 9)] == list(range(2, 9))
+    assert [FORMS[f"uint{bits}"] for bits in (2, 8)] == [Rounding(2, symmetric=False), Rounding(8, symmetric=False)]
