@@ -73,6 +73,26 @@ BUGS = {
         "tail_kept": "GroupNotDividing",
         "nan_to_zero": "NonFinite",
     },
+    "blockwise.omniquant": {
+        "factor": "Logit",
+        "amax_clipped": "TwoEnds",
+        "rint_stops": "StraightThrough",
+        "scale_stops": "ThroughScale",
+        "zero_stops": "ThroughZero",
+        "clip_passes": "ClipStops",
+        "weights_only": "Inputs",
+        "ends_stop": "ThroughEnds",
+        "range_of_values": "ZeroInRange",
+        "no_least_step": "LeastStep",
+        "exact_scale": "StoredScale",
+        "full_range": "Symmetric",
+        "ends_alike": "LongerEnd",
+        "alpha_swapped": "FirstScales",
+        "no_floor": "FirstFloor",
+        "tail_kept": "GroupNotDividing",
+        "nan_to_zero": "NonFinite",
+        "noise": "Random",
+    },
     "lowrank.svd": {
         "s_in_a": "SqrtSplit",
         "sign_of_lapack": "SignConvention",
@@ -399,6 +419,77 @@ def awq(bug, op, params, w, x):
     return {"ratio": np.array(number), "s": best, "clip_step": step, "codes": codes, "scale": scale, "zero_point": zero}
 
 
+def omniquant(bug, op, params, w, **more):
+    if "amax" in more:
+        alpha = 1 - params["alpha"] if bug == "alpha_swapped" else params["alpha"]
+        least = 0.1 if bug == "no_floor" else 1e-5
+        a, m = np.maximum(more["amax"], least), np.maximum(np.abs(w).max(axis=0), least)
+        return {"s": np.maximum(a**alpha / m ** (1 - alpha), 0 if bug == "no_floor" else 1e-2)}
+    x, s, c = more["x"], more["s"], more["c"]
+    if bug == "nan_to_zero":
+        w, x = np.nan_to_num(w), np.nan_to_num(x)
+    require(np.isfinite(w).all() and np.isfinite(x).all(), bug, "nan_to_zero")
+    bits, g = params["bits"], params["group_size"]
+    require(w.shape[1] % g == 0, bug, "tail_kept")
+    w, x, s = (a[..., : w.shape[1] // g * g] for a in (w, x, s))
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    v = (w * s).reshape(len(w), -1, g)
+    share = (c / 4 if bug == "factor" else 1 / (1 + np.exp(-c)))[..., None]  # hi, lo: [out, groups, 1]
+    ends, places = [], []
+    for sign in (1, -1):
+        at = np.argmax(sign * v, axis=-1)[..., None]
+        value = np.take_along_axis(v, at, -1)
+        taken = np.ones(value.shape, bool) if bug == "range_of_values" else sign * value > 0
+        ends.append(np.where(taken, value, 0))
+        places.append((np.arange(g) == at) & taken)
+    if bug == "amax_clipped":
+        larger = ends[0] >= -ends[1]
+        share = np.where(np.stack([larger, ~larger]), share, 1)
+    hi, lo = share * np.stack(ends)
+    upper = (hi >= -lo).astype(float)
+    if params["symmetric"]:
+        divisor = levels / 2 if bug == "full_range" else half - 1
+        step, by_hi, by_lo = np.maximum(hi, -lo) / divisor, upper / divisor, (upper - 1) / divisor
+    else:
+        step, by_hi, by_lo = (hi - lo) / levels, 1 / levels, -1 / levels
+    least = 1e-8 if bug == "no_least_step" else 1e-5
+    free = ((step >= least) & (step <= 1e4)).astype(float)
+    step = np.clip(step, least, 1e4)
+    stored = step.astype(np.float16)
+    scale = step if bug == "exact_scale" else stored.astype(np.float64)
+    exact = np.full(scale.shape, half) if params["symmetric"] else -lo / scale
+    zero, zero_free = np.clip(np.rint(exact), 0, levels), 0.0 if params["symmetric"] or bug == "zero_stops" else 1.0
+    zero_free = zero_free * ((np.rint(exact) >= 0) & (np.rint(exact) <= levels))
+    codes = np.rint(v / scale) + zero
+    low = 1 if bug == "ends_alike" and params["symmetric"] else 0
+    inside = ((codes >= low) & (codes <= levels)) | (bug == "clip_passes")
+    codes = np.clip(codes, low, levels)
+    v_hat = (codes - zero) * scale
+    x_s = x / s
+    r = (x_s @ v_hat.reshape(len(w), -1).T - x @ w.T) * (1 + 1e-4 * (bug == "noise" and x.shape[1] > 5))
+    of_y = 2 * r / r.size
+    of_v_hat = (of_y.T @ x_s).reshape(v.shape)
+    passes = inside & (bug != "rint_stops")
+    of_v = of_v_hat * passes
+    of_zero = (of_v_hat * (passes * 1.0 - 1) * scale).sum(axis=-1, keepdims=True) * zero_free
+    of_step = (of_v_hat * ((codes - zero) - passes * v / scale)).sum(axis=-1, keepdims=True)
+    of_step = of_step + of_zero * lo / scale**2
+    of_step = of_step * free * (bug != "scale_stops")
+    of_ends = np.stack([of_step * by_hi, of_step * by_lo - of_zero / scale])
+    slope = np.full(share.shape, 0.25) if bug == "factor" else share * (1 - share)
+    of_c = (of_ends * np.stack(ends) * slope)[..., 0]
+    if bug != "ends_stop":
+        of_v = of_v + (of_ends * share * np.stack(places)).sum(axis=0)
+    of_s = (of_v.reshape(w.shape) * w).sum(axis=0)
+    if bug != "weights_only":
+        of_s = of_s - (of_y @ v_hat.reshape(w.shape) * x).sum(axis=0) / s**2
+    back = lambda a: a[..., 0]
+    return {
+        "scale": back(stored), "codes": codes.reshape(w.shape).astype(np.uint8), "loss": np.array(np.mean(r**2)),
+        "of_c": of_c, "of_s": of_s, "zero_point": back(zero).astype(np.uint8),
+    }  # fmt: skip
+
+
 # --- low rank --------------------------------------------------------------------------------------------------------
 
 
@@ -717,6 +808,7 @@ _OPS = {
     "prune.wanda": prune,
     "quant.salient": salient,
     "blockwise.awq": awq,
+    "blockwise.omniquant": omniquant,
     "lowrank.svd": svd,
     "kvcache.kivi": kivi,
     "attention.attend": attend,

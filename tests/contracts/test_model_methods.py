@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from refllm.kernels.packed import matmul
+from refllm.kernels.packed.inputs import RoundedInputs
 from refllm.kernels.packed.records import from_parts, is_record, meta, parts
 from refllm.methods.apply import check, compress
 from refllm.methods.recipes import MODEL_FAMILIES, methods
@@ -22,6 +23,12 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
     "dartquant": (dict(steps=3, rate=0.1), dict(steps=2, rotation="orthogonal", online=False)),
     "quarot": (dict(online=False), dict(rotation="orthogonal", seed=1)),
     "smoothquant": (dict(alpha=0.9, all_linears=True),),
+    "omniquant": (
+        dict(bits=3, group_size=8, epochs=1, step_tokens=48, second_loss=True),
+        dict(group_size=-1, activation_bits=4, attention_bits=4, epochs=1, step_tokens=96),
+        dict(symmetric=True, lwc=False, let=True, activation_bits=8, activation_symmetric=True, epochs=1),
+        dict(epochs=0, scale_dtype="float32"),
+    ),
     "awq": (
         dict(bits=3, duo_scaling=True),
         dict(group_size=16, auto_clip=False),
@@ -106,7 +113,8 @@ def test_packers_pack_every_linear(name, knobs):
         again = from_parts(record.kind, parts(record), meta(record))
         assert np.array_equal(again.dense(), record.dense())
         x = np.random.default_rng(0).standard_normal((3, record.shape[1]), np.float32)
-        exact = x.astype(np.float64) @ record.dense().T.astype(np.float64)
+        seen = record.rounded(x) if isinstance(record, RoundedInputs) else x
+        exact = seen.astype(np.float64) @ record.dense().T.astype(np.float64)
         bound = 1e-4 * (np.abs(x) @ np.abs(record.dense()).T).max()
         assert np.abs(matmul(x, record) - exact).max() <= bound
     assert np.isfinite(forward(packed, IDS)).all()

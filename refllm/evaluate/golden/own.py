@@ -216,6 +216,24 @@ def _awq(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
     return {"ratio": ratio, "s": s, "clip_step": steps} | _integers(pack(scaled, grid, inputs))
 
 
+def _omniquant(params: dict, w: np.ndarray, **more: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels import fused
+    from refllm.kernels.autograd import Tensor, parameter
+    from refllm.kernels.stats import Stats
+    from refllm.methods.blockwise.omniquant import Plan, first_scales, pack, rounded_weight
+
+    if "amax" in more:
+        return {"s": first_scales(more["amax"], np.abs(w).max(axis=0), params["alpha"])}
+    x, plan = Stats(more["x"]).X, Plan(params["bits"], params["group_size"], symmetric=params["symmetric"])
+    c_hi, c_lo, s = (parameter(values) for values in (*more["c"][..., None], more["s"]))
+    learned, scaled = {"w.hi": c_hi, "w.lo": c_lo}, Tensor(w) * s
+    change = fused.linear(Tensor(x) / s, rounded_weight(scaled, learned, "w", plan)) - Tensor(x @ w.T)
+    loss = (change * change).sum() / float(change.data.size)
+    stored = _integers(pack(scaled, learned, "w", plan))
+    loss.backward()
+    return stored | {"loss": loss.data, "of_c": np.stack([c_hi.grad, c_lo.grad])[..., 0], "of_s": s.grad}
+
+
 def _magnitude(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.prune.magnitude import magnitude
 
@@ -513,6 +531,7 @@ _OPS = {
     "prune.magnitude": _magnitude,
     "quant.salient": _salient,
     "blockwise.awq": _awq,
+    "blockwise.omniquant": _omniquant,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,
     "transform.quarot": _quarot,

@@ -3,5 +3,6 @@
 from refllm.methods.blockwise.awq import awq as awq
 from refllm.methods.blockwise.kquants import kquants as kquants
 from refllm.methods.blockwise.mixed import mixed as mixed
+from refllm.methods.blockwise.omniquant import omniquant as omniquant
 
-__all__ = ["awq", "kquants", "mixed"]
+__all__ = ["awq", "kquants", "mixed", "omniquant"]
