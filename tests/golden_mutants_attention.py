@@ -33,6 +33,35 @@ BUGS = {
         "any_params": "BadParams",
         "nan_ignored": "NonFinite",
     },
+    "attention.minference": {
+        "not_forced": "Forced",
+        "nearest_30": "Nearest",
+        "mirrored": "Distance",
+        "first_queries": "LastQueries",
+        "heads_modulo": "GqaShare",
+        "future_blocks": "Causal",
+        "window_one_wide": "SinkAndWindow",
+        "any_params": "BadParams",
+    },
+    "attention.adaspa": {
+        "logarithm": "Mass",
+        "global": "PerRow",
+        "all_heads": "HalfOfHeads",
+        "rounds_down": "Rounding",
+        "text_rows_only": "Text",
+        "future_counts": "Causal",
+        "any_params": "BadParams",
+    },
+    "attention.rainfusion": {
+        "own_frame_only": "FrameZero",
+        "same_frame_places": "AllFrames",
+        "band_rounds_down": "Bandwidth",
+        "windows_of_4": "Windows",
+        "text_dropped": "Text",
+        "first_frame_dropped": "FirstFrame",
+        "count_rounds_down": "Count",
+        "any_params": "BadParams",
+    },
 }
 
 
@@ -152,4 +181,126 @@ def sage(bug, params, q, k, v, q_positions, k_positions):
             "o": o.astype(F), "lse": lse.astype(F)}  # fmt: skip
 
 
-_OPS = {"attention.fp8": fp8, "attention.sage": sage}
+def weights(params, q, k, seen, bug=None):
+    """Softmax over the seen keys, (H, T, S)."""
+    heads = np.arange(len(q)) % len(k) if bug == "heads_modulo" else np.arange(len(q)) // (len(q) // len(k))
+    scores = np.where(seen, params["scale"] * np.einsum("htd,hsd->hts", q, k[heads], dtype=np.float64), -np.inf)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def summed(x, block, axis):
+    return np.add.reduceat(x, np.arange(0, x.shape[axis], block), axis=axis)
+
+
+def any_block(mask, block):
+    return summed(summed(mask.astype(int), block, -1), block, -2) > 0
+
+
+def means(x, block):
+    return summed(x.astype(np.float64), block, 1) / summed(np.ones(x.shape), block, 1)
+
+
+def ranks(scores):
+    """0 for the highest of a row."""
+    return np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
+
+
+def minference(bug, params, q, k, q_positions, k_positions):
+    p, block = params, params["block"]
+    require(p["pattern"] in ("a_shape", "vertical_slash", "block"), bug, "any_params")
+    require(min(p["vertical"], p["slash"], p["last"], p["top"], block) >= 1, bug, "any_params")
+    distance = q_positions[:, None] - k_positions[None, :]
+    seen = distance >= 0
+    if p["pattern"] == "a_shape":
+        near = distance < p["local"] + (bug == "window_one_wide")
+        blocks = np.stack([any_block(seen & (near | (k_positions < p["sink"])), block)] * len(q))
+    elif p["pattern"] == "block":
+        allowed = any_block(seen, block) | (bug == "future_blocks")
+        scores = weights(p, means(q, block), means(k, block), allowed, bug)
+        blocks = (ranks(np.where(allowed, scores, -1)) < p["top"]) & allowed
+    else:
+        A = weights(p, q, k, seen, bug)
+        last = slice(0, p["last"]) if bug == "first_queries" else slice(len(q_positions) - p["last"], None)
+        sums = A[:, last].sum(axis=1)
+        if bug != "not_forced":
+            sums[:, :30] = np.inf
+        columns = ranks(sums) < p["vertical"]
+        width = int(q_positions.max() - k_positions.min() + 1)
+        along = np.zeros((len(q), width))
+        for d in range(width):
+            along[:, d] = (A[:, last] * (distance[last] == d)).sum(axis=(1, 2))
+        along[:, : 30 if bug == "nearest_30" else 100] = np.inf
+        offsets = ranks(along) < p["slash"]
+        at = (width - 1 - distance if bug == "mirrored" else distance).clip(0, width - 1)
+        blocks = np.stack([any_block(o[at] & seen, block) for o in offsets])
+        return {"columns": columns.astype(np.uint8), "offsets": offsets.astype(np.uint8), "blocks": blocks.astype("u1")}
+    return {"blocks": blocks.astype(np.uint8)}
+
+
+def adaspa(bug, params, q, k, q_positions, k_positions):
+    s, block, text = params["sparsity"], params["block"], params["text"]
+    require(0 <= s < 1 and text <= k.shape[1], bug, "any_params")
+    seen = q_positions[:, None] >= k_positions[None, :]
+    A = weights(params, q, k, seen)
+    W = summed(summed(-np.log(A + 1e-9) if bug == "logarithm" else A, block, -1), block, -2)
+    allowed = any_block(seen, block)
+    n = np.full(len(allowed), allowed.shape[1]) if bug == "future_counts" else allowed.sum(axis=1)
+
+    def kept(s):
+        counts = np.maximum(np.floor((1 - s)[:, None] * n + (0 if bug == "rounds_down" else 0.5) + 1e-9), 1)
+        ranked = np.where(allowed, W, -1)
+        if bug == "global":
+            flat = ranks(ranked.reshape(len(q), -1)).reshape(W.shape)
+            return (flat < counts.sum(axis=1)[:, None, None]) & allowed
+        return (ranks(ranked) < counts[..., None]) & allowed
+
+    each = np.full(len(q), float(s))
+    if params["adaptive"] and 3 * s >= 1:
+        share = (kept(each) * W).sum(axis=(1, 2)) / W.sum(axis=(1, 2))
+        m = int((share > 0.8).sum())
+        m = m if bug == "all_heads" else min(m, len(q) // 2)
+        order = np.argsort(-share)
+        each[order[:m]] = (1 + s) / 2
+        each[order[len(q) - m :]] = (3 * s - 1) / 2
+    tail = lambda n: np.minimum(np.arange(0, n, block) + block, n) > n - text
+    whole = tail(q.shape[1])[:, None] | (tail(k.shape[1])[None, :] & (bug != "text_rows_only"))
+    return {"mass": W, "sparsity": each, "blocks": (kept(each) | whole & allowed).astype(np.uint8)}
+
+
+def rainfusion(bug, params, q, k, q_positions, k_positions):
+    p, n, block = params, k.shape[1], params["block"]
+    grid = p["frames"], p["height"], p["width"]
+    require(np.prod(grid) <= n, bug, "any_params")
+    if np.prod(grid) > n:
+        grid = (n, 1, 1)
+    t, y, x = (a.reshape(-1) for a in np.indices(grid))
+    half = 0.0 if bug == "band_rounds_down" else 0.5
+    near = lambda a, size: np.abs(a[:, None] - a[None, :]) <= int(p["bandwidth"] * (size - 1) + half)
+    masks = np.ones((2, n, n), bool)
+    masks[0, : len(t), : len(t)] = near(y, grid[1]) & near(x, grid[2])
+    if bug == "same_frame_places":
+        masks[0, : len(t), : len(t)] &= t[:, None] == t[None, :]
+    masks[1, : len(t), : len(t)] = near(t, grid[0]) | ((t == 0)[None, :] & (bug != "own_frame_only"))
+    A = weights(p, q, k, np.ones((n, n), bool))
+    rows = np.arange(0, len(t), grid[0])
+    recalls = np.stack([(A * mask)[:, rows].sum(axis=-1).mean(axis=-1) for mask in masks])
+    size = 4 if bug == "windows_of_4" else 8
+    order = np.concatenate([np.lexsort((x, y, x // size, y // size, t)), np.arange(len(t), n)])
+    scores = weights(p, means(q[:, order], block), means(k[:, order], block), np.array(True))
+    count = scores.shape[-1] * (1 - p["sparsity"])
+    blocks = ranks(scores) < (np.floor(count) if bug == "count_rounds_down" else np.ceil(count - 1e-9))
+    start = np.arange(0, n, block)
+    whole = (start < grid[1] * grid[2]) & (bug != "first_frame_dropped")
+    whole |= (np.minimum(start + block, n) > len(t)) & (bug != "text_dropped")
+    blocks = blocks | whole[:, None] | whole[None, :]
+    return {"recalls": recalls, "order": order, "blocks": blocks.astype(np.uint8)}
+
+
+_OPS = {
+    "attention.fp8": fp8,
+    "attention.sage": sage,
+    "attention.minference": minference,
+    "attention.adaspa": adaspa,
+    "attention.rainfusion": rainfusion,
+}

@@ -13,6 +13,8 @@ from tests.models import random_model
 
 # What an approximate method may differ from attend by, relative to the largest |v|, beyond rounding; 0 for exact ones.
 ALLOWED = {"flash": 0.0, "flash_v1": 0.0, "flash_decoding": 0.0}
+# Sparse methods: what these sizes and knobs let them skip is nothing.
+ALLOWED |= {"minference": 0.0, "adaspa": 0.0, "rainfusion": 0.0, "rainfusion2": 0.0}
 # Methods on codes: an output is an average of values whatever the codes are, so no more than this, and on average
 # ROUNDED, both relative to the largest |v|. Dimension 6 is the hardest: few products to average over.
 ROUNDED = {"flash_fp8": 0.1, "sage": 0.02, "sage2": 0.2, "sage2pp": 0.08}
@@ -22,6 +24,10 @@ KNOBS = {
     "flash_v1": dict(sram=100),
     "flash_decoding": dict(splits=3, block_q=3, block_k=2),
     "flash_fp8": dict(block_q=3, block_k=4, granularity="head", incoherent=False),
+    "minference": dict(pattern="block", block=4),
+    "adaspa": dict(sparsity=0.0, block=4),
+    "rainfusion": dict(),
+    "rainfusion2": dict(sparsity=0.0, block=4),
     "sage": dict(granularity="thread", smooth_v=True),
     "sage2": dict(bits=8),
     "sage2pp": dict(),

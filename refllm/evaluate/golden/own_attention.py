@@ -29,4 +29,59 @@ def _sage(params: dict, q, k, v, q_positions, k_positions) -> dict[str, np.ndarr
     return outputs
 
 
-OPS = {"attention.fp8": _fp8, "attention.sage": _sage}
+def _minference(params: dict, q, k, q_positions, k_positions) -> dict[str, np.ndarray]:
+    from importlib import import_module
+
+    from refllm.kernels import sparse_attention as sparse
+
+    module, p, at = import_module("refllm.methods.attention.minference"), params, (q_positions, k_positions)
+    module.minference(q, k, k, *at, **p)  # refuses what is out of range
+    if p["pattern"] == "a_shape":
+        return {"blocks": module.a_shape(*at, p["sink"], p["local"], p["block"], len(q)).astype(np.uint8)}
+    if p["pattern"] == "block":
+        allowed = sparse.per_query_head(sparse.visible_blocks(*at, None, p["block"], p["block"]), len(q))
+        scores = sparse.block_scores(q, k, allowed, p["scale"], p["block"], p["block"])
+        return {"blocks": sparse.keep_best(scores, np.array(p["top"]), allowed).astype(np.uint8)}
+    A = module.last_weights(q, k, *at, p["last"], p["scale"])
+    columns, offsets = module.top_columns(A, p["vertical"]), module.top_offsets(A, *at, p["slash"])
+    outputs = {"columns": columns, "offsets": offsets, "blocks": module.slash_blocks(offsets, *at, p["block"])}
+    return {name: mask.astype(np.uint8) for name, mask in outputs.items()}
+
+
+def _adaspa(params: dict, q, k, q_positions, k_positions) -> dict[str, np.ndarray]:
+    from importlib import import_module
+
+    from refllm.kernels.online_softmax import walk_tiles
+    from refllm.kernels.sparse_attention import per_query_head, visible_blocks
+
+    module, at = import_module("refllm.methods.attention.adaspa"), (q_positions, k_positions)
+    q, k, block, sparsity = q.astype(np.float64), k.astype(np.float64), params["block"], params["sparsity"]
+    lse = walk_tiles(q, k, k, *at, scale=params["scale"])[1]
+    W = module.block_mass(q, k, lse, *at, scale=params["scale"], block=block)
+    allowed = per_query_head(visible_blocks(*at, None, block, block), len(q))
+    blocks = module.block_mask(W, allowed, sparsity, adaptive=params["adaptive"])
+    blocks |= module.text_blocks(q.shape[1], k.shape[1], params["text"], block) & allowed
+    each = module.head_sparsities(W, allowed, sparsity) if params["adaptive"] else np.full(len(q), sparsity)
+    return {"mass": W, "sparsity": each, "blocks": blocks.astype(np.uint8)}
+
+
+def _rainfusion(params: dict, q, k, q_positions, k_positions) -> dict[str, np.ndarray]:
+    from importlib import import_module
+
+    module, p, n = import_module("refllm.methods.attention.rainfusion"), params, k.shape[1]
+    grid = module.check_grid(p["frames"], p["height"], p["width"], n, q.shape[1])
+    rows, order = np.arange(0, grid[0] * grid[1] * grid[2], grid[0]), module.window_order(grid, n)
+    masks = [module.kind_mask(kind, grid, n, p["bandwidth"]) for kind in ("temporal", "spatial")]
+    recalls = np.stack([module.recall(q, k, mask, rows, scale=p["scale"]) for mask in masks])
+    at = q_positions[order], k_positions[order]
+    blocks = module.window_blocks(q[:, order], k[:, order], *at, grid, p["sparsity"], p["block"], scale=p["scale"])
+    return {"recalls": recalls, "order": order, "blocks": blocks.astype(np.uint8)}
+
+
+OPS = {
+    "attention.fp8": _fp8,
+    "attention.sage": _sage,
+    "attention.minference": _minference,
+    "attention.adaspa": _adaspa,
+    "attention.rainfusion": _rainfusion,
+}

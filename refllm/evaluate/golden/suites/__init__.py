@@ -5,6 +5,7 @@ number at a time, rounding exactly where the definition rounds; it must not call
 """
 
 from refllm.evaluate.golden.suites import (
+    attention_blocks,
     attention_codes,
     awq,
     blockwise,
@@ -71,6 +72,9 @@ GENERATORS = (
     flash.suite,
     attention_codes.fp8_suite,
     attention_codes.sage_suite,
+    attention_blocks.minference_suite,
+    attention_blocks.adaspa_suite,
+    attention_blocks.rainfusion_suite,
     speculative.suite,
     outliers_inputs.dynamic_suite,
     outliers_inputs.static_suite,
