@@ -14,6 +14,7 @@ one weight to the next, as in SmoothQuant, and folded in the end:
 
 down has none. What a block is to give is what the uncompressed block makes of the uncompressed stream; its own input is
 the compressed stream. The loss is the mean square of the difference, the optimizer AdamW, a step looks at one window.
+Learning enlarges the last bits of matrix products: another machine may end with other codes, about as good.
 
 With `activation_bits` the inputs of all linears are rounded per token, in learning and afterwards (`TokenInputs`): W4A4
 is `omniquant:bits=4,group=-1,activation_bits=4`. With `attention_bits`, learning also rounds queries, keys and values,
