@@ -14,6 +14,7 @@ from refllm.evaluate.golden.suite import default_root, read_suites, suite_names
 from tests import (
     golden_mutants,
     golden_mutants_attention,
+    golden_mutants_binary,
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
     golden_mutants_gguf,
@@ -34,6 +35,7 @@ MUTANTS = (
     golden_mutants_gguf,
     golden_mutants_checkpoints,
     golden_mutants_codebooks,
+    golden_mutants_binary,
     golden_mutants_rotations,
     golden_mutants_gptq,
     golden_mutants_mixes,

@@ -97,7 +97,8 @@ def grouped(W: np.ndarray, group_size: int) -> np.ndarray:
     return W.reshape(rows, groups, columns // groups)
 
 
-def _checked(W: np.ndarray) -> np.ndarray:
+def checked_weight(W: np.ndarray) -> np.ndarray:
+    """A weight that is an [out, in] matrix of finite float32 or float64, or ValueError."""
     W = np.asarray(W)
     if W.ndim != 2 or W.size == 0:
         raise ValueError(f"a weight must be a non-empty [out, in] matrix, got shape {W.shape}")
@@ -123,7 +124,7 @@ def _stored_scale(scale: np.ndarray, scale_dtype: str) -> np.ndarray:
 
 def _amax(W: np.ndarray, group_size: int) -> np.ndarray:
     """Largest magnitude of every group, 1 where all are zero."""
-    amax = np.abs(grouped(_checked(W), group_size)).max(axis=-1)
+    amax = np.abs(grouped(checked_weight(W), group_size)).max(axis=-1)
     amax[amax == 0] = 1
     return amax
 
@@ -176,7 +177,7 @@ class _Grid:
         -------
         (out, in) uint8
         """
-        W = _checked(W)
+        W = checked_weight(W)
         with np.errstate(over="ignore"):  # a quotient beyond the float range clips like any other
             steps = grouped(W, self.group_size) / scale.astype(W.dtype)[..., None]
         codes = np.rint(steps, out=steps)
@@ -296,7 +297,7 @@ class AffineGrid(_Grid):
         scale : (out, groups) or, per tensor, (1, 1), of scale_dtype
         zero_point : the same shape, uint8 in [0, 2^bits)
         """
-        groups = grouped(_checked(W), self.group_size)
+        groups = grouped(checked_weight(W), self.group_size)
         lo = np.minimum(groups.min(axis=-1), 0)
         hi = np.maximum(groups.max(axis=-1), 0)
         empty = (lo == 0) & (hi == 0)
@@ -338,7 +339,7 @@ class MinMaxGrid(AffineGrid):
 
     def fit(self, W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scales and zero points of a weight; as AffineGrid.fit."""
-        groups = grouped(_checked(W), self.group_size)
+        groups = grouped(checked_weight(W), self.group_size)
         lo = groups.min(axis=-1)
         with np.errstate(over="ignore"):
             return self.from_range(lo, np.maximum(groups.max(axis=-1) - lo, groups.dtype.type(1e-5)))

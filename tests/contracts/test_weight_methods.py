@@ -44,6 +44,8 @@ VARIANTS = {
     "pq": (dict(vector=4, books=2), dict(vector=2, spans=4), dict(bits=1, vector=8, books=2), dict(vector=2, spans=0)),
     "aqlm": (dict(vector=4, books=2, beam=3, rounds=2, steps=10), dict(rounds=0), dict(bits=3, steps=5)),
     "squeezellm": (dict(bits=4), dict(bits=2, outliers=0, sensitive=0)),
+    "billm": (dict(by="magnitude"), dict(search="weights", block=32), dict(block=50)),
+    "binary": (dict(group_size=16), dict(group_size=-1)),
     "salient": (dict(bits=3, group_size=32, fraction=0.1), dict(by="weight", group_size=-1)),
     "magnitude": (dict(per_row=True), dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.9)),
     "wanda": (dict(pattern="2:4"), dict(pattern="1:4"), dict(sparsity=0.9), dict(dtype="float32")),

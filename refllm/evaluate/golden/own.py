@@ -126,6 +126,24 @@ def _squeezellm(params: dict, w: np.ndarray, fisher: np.ndarray) -> dict[str, np
     return outputs | {"codes": lut.unpacked(), "tables": lut.tables}
 
 
+def _billm(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.stats import Stats
+    from refllm.methods.quant.billm import billm
+
+    record = billm(w, Stats(x), **params)
+    planes = zip(("signs", "second", "salient"), record.unpacked(), strict=True)
+    outputs = {name: plane.astype(np.uint8) for name, plane in planes}
+    return outputs | {"mean": record.mean, "scale": record.scale, "w_hat": record.dense()}
+
+
+def _binary(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.quant.binary import binary
+
+    record = binary(w, **params)
+    outputs = {"codes": record.unpacked(), "scale": record.scale, "minimum": record.minimum}
+    return outputs | {"w_hat": record.dense()}
+
+
 def _pq(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.quant.pq import pq
 
@@ -525,6 +543,8 @@ _OPS = {
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,
     "quant.squeezellm": _squeezellm,
+    "quant.billm": _billm,
+    "quant.binary": _binary,
     "quant.pq": _pq,
     "quant.aqlm.search": _aqlm_search,
     "finish.vqllm": _vqllm,

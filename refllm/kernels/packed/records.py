@@ -10,6 +10,7 @@ to.
     MixedRows      the same with a number of bits for every row
     TwoLevel       codes under integer scales under a float scale a row
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
+    BinaryBlocks   two bits a weight: a sign, and a second sign or which of two groups it belongs to
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
     VectorWeight   codes of vectors of columns, of one codebook or several that are added (AQLM, product quantisation)
     TableRows      codes of a table of values of each row's own
@@ -41,6 +42,7 @@ import numpy as np
 
 from refllm.formats.errors import FormatError
 from refllm.kernels.packed.base import as_float, is_record, rows_of
+from refllm.kernels.packed.binary import BinaryBlocks
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
 from refllm.kernels.packed.inputs import OutlierInputs, PairInputs, StaticInputs, TokenInputs
@@ -53,6 +55,7 @@ from refllm.kernels.packed.vectors import VectorWeight
 
 __all__ = [
     "KINDS",
+    "BinaryBlocks",
     "BlockSparse",
     "CodeWeight",
     "GGUFBlocks",
@@ -107,6 +110,7 @@ Record = (
     | OutlierInputs
     | Rotated
     | TwoLevel
+    | BinaryBlocks
 )
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end

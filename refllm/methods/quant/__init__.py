@@ -2,6 +2,8 @@
 
 from refllm.methods.quant.aciq import aciq as aciq
 from refllm.methods.quant.aqlm import aqlm as aqlm
+from refllm.methods.quant.billm import billm as billm
+from refllm.methods.quant.binary import binary as binary
 from refllm.methods.quant.gguf import gguf as gguf
 from refllm.methods.quant.gptq import gptq as gptq
 from refllm.methods.quant.hqq import hqq as hqq
@@ -26,6 +28,8 @@ from refllm.methods.quant.zeroquant import zeroquant_fp as zeroquant_fp
 __all__ = [
     "aciq",
     "aqlm",
+    "billm",
+    "binary",
     "fp4",
     "fp6",
     "fp8",

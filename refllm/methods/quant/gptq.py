@@ -102,7 +102,7 @@ def gptq(
         raise ValueError(f"group_grid must be {' or '.join(GROUP_GRIDS)}, got {group_grid!r}")
     grid = (FullRangeGrid if symmetric else AffineGrid)(bits, group_size, scale_dtype)
     grid.fit(W)  # refuses what the grid cannot take, before the long part
-    W, order, _, U = _prepared(W, stats, damp, act_order)
+    W, order, _, U = prepared(W, stats, damp, act_order)
     codes, scale, zero_point = _sweep(W, U, order, grid, static_groups, group_grid == "updated", block)
     if act_order and not static_groups and group_size > 0:
         return Reordered(IntWeight.pack(grid, codes, scale, zero_point), order.astype(np.int32))
@@ -139,7 +139,7 @@ def rounding_margins(
     >>> rounding_margins(W, Stats(X), gptq(W, Stats(X), bits=2, group_size=-1)).unsafe
     0
     """
-    W, order, H, U = _prepared(W, stats, damp, act_order)
+    W, order, H, U = prepared(W, stats, damp, act_order)
     inner = record.weight if isinstance(record, Reordered) else record
     stored = slice(None) if isinstance(record, Reordered) else order
     Q = inner.dense()[:, stored].astype(np.float64)
@@ -156,8 +156,27 @@ def rounding_margins(
     return margins(values / scale + zero_point, errors, 0, (1 << inner.bits) - 1)
 
 
-def _prepared(W, stats, damp, act_order):
-    """W in float64 with dead inputs at zero; the rounding order; the damped H and U in that order."""
+def prepared(W, stats, damp, act_order):
+    """W in float64 with dead inputs at zero; the rounding order; the damped H and U in that order.
+
+    Parameters
+    ----------
+    W, stats, damp, act_order
+        As in gptq; W is finite.
+
+    Returns
+    -------
+    W : (out, in) float64
+        Its columns in their own order.
+    order : (in,) int64
+    H, U : (in, in) float64
+        See refllm.kernels.linalg.
+
+    Raises
+    ------
+    ValueError
+        Inputs of another width, an H that is singular although damped.
+    """
     columns = np.shape(W)[1]
     if stats.X.shape[1] != columns:
         raise ValueError(f"calibration inputs have {stats.X.shape[1]} columns, the weight has {columns}")

@@ -13,6 +13,7 @@ from refllm.kernels.masks import keep_n_of_m, keep_top
 from refllm.kernels.packed import matmul
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.records import (
+    BinaryBlocks,
     BlockSparse,
     CodeWeight,
     GGUFBlocks,
@@ -53,6 +54,9 @@ def int_weight(W, grid):
 WIDTHS = np.array([3, 0, 8, 1, 4, 5])
 
 
+LEVELS = [np.linspace(-1, 2, 18 * n).astype(np.float16).reshape(6, 3, n) for n in (3, 4)]
+
+
 def numbers(shape):
     return [np.linspace(a, 2, shape[0] * shape[1]).astype(np.float16).reshape(shape) for a in (0.5, -1)]
 
@@ -69,6 +73,7 @@ def one_of_each():
             np.arange(192, dtype=np.uint8).reshape(6, 32) % (1 << WIDTHS)[:, None], WIDTHS, W[:, 0], W[:, 1]
         ),
         "two level": two_level(),
+        "binary blocks": binary_blocks(),
         "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
         "codes": fp8_blocks(W, (4, 16)),
         "codes in flat blocks": blockwise(W, block=24),
@@ -121,6 +126,12 @@ def one_of_each_with_rounded_inputs():
 def two_level():
     groups = np.arange(12).reshape(6, 2)
     return TwoLevel.pack(np.arange(192).reshape(6, 32) % 16, groups + 1, groups, W[:, :1].astype(np.float16), 16)
+
+
+def binary_blocks():
+    """Three blocks of columns, of which the last is short."""
+    signs, second = (W > W[0]) | (W < -1), W > np.roll(W, 1)
+    return BinaryBlocks.pack(signs, second, W[0] > 0.5, *LEVELS, 12)
 
 
 def blocks_of_int():
@@ -183,6 +194,25 @@ def test_int_weight_decodes_what_the_grid_does(data, kind, bits):
     assert np.array_equal(record.dense(), grid.decode(codes, scale, zero_point))
     zero_bytes = 0 if zero_point is None else scale.shape[0] * -(-scale.shape[1] * bits // 8)
     assert record.nbytes == len(W) * -(-W.shape[1] * bits // 8) + scale.nbytes + zero_bytes
+
+
+def test_binary_blocks_weight_by_weight():
+    """Every weight by the formulas of the record, one after another; two bits, seven halves a row and block."""
+    record = binary_blocks()
+    signs, second, salient = record.unpacked()
+    mean, scale = (a.astype(np.float32) for a in (record.mean, record.scale))
+    dense, f32 = record.dense(), np.float32
+    groups = set()
+    for r, c in np.ndindex(dense.shape):
+        g = 2 if salient[c] else int(second[r, c])
+        m, a = mean[r, c // 12], scale[r, c // 12]
+        w = f32(m[g] + (a[g] if signs[r, c] else -a[g]))
+        if salient[c]:
+            w = f32(w + (a[3] if second[r, c] else -a[3]))
+        assert dense[r, c] == w
+        groups.add((g, bool(signs[r, c]), bool(second[r, c])))
+    assert len(groups) == 8  # all that two bits can say, in a salient column and elsewhere
+    assert record.nbytes == 2 * 6 * 4 + 4 + 2 * 6 * 3 * 7
 
 
 def test_2_4_positions_by_the_table():
@@ -254,6 +284,11 @@ NAN16 = np.full((6, 2), np.nan, np.float16)
         (lambda: replaced(E["int sym"], codes=E["int sym"].codes.astype(np.int8)), "codes must be uint8"),
         (lambda: replaced(E["int sym"], codes=np.zeros(12, np.uint8)), "codes must be a matrix"),
         (lambda: replaced(E["int asym"], zero_point=np.full((6, 1), 0x10, np.uint8)), "zero_point: bits after"),
+        (lambda: replaced(E["binary blocks"], block=0), "block must be at least 1"),
+        (lambda: replaced(E["binary blocks"], block=16), "mean must be float16 .6, 2, 3."),
+        (lambda: replaced(E["binary blocks"], columns=31), "bits after the last of 31"),
+        (lambda: replaced(E["binary blocks"], salient=E["binary blocks"].signs), "salient must be uint8 .1, 4."),
+        (lambda: replaced(E["binary blocks"], scale=np.full((6, 3, 4), np.nan, np.float16)), "scale holds NaN"),
         (lambda: replaced(E["gguf"], type_name="Q9_9"), "unknown GGUF block type 'Q9_9'"),
         (lambda: replaced(E["gguf"], type_name="np"), "unknown GGUF block type"),
         (lambda: replaced(E["gguf"], columns=33), "multiple of 32 columns, got 33"),
