@@ -144,6 +144,7 @@ class Compiled:
         from refllm.kernels.packed.fast import decoder
         from refllm.kernels.packed.plan import HEAD
         from refllm.kernels.packed.team import new_meeting
+        from refllm.kernels.packed.token_attention import MOST
 
         self.model, self.cache = model, cache
         config = model.config
@@ -153,6 +154,8 @@ class Compiled:
         self._x, self._buffers = self._new_buffers(1)
         self._logits = np.zeros(_padded(config.vocab_size), np.float32)
         self._buffers["logits"] = self._address(self._logits)
+        self._attention, self._attention_for = np.zeros(MOST + 1, np.int64), set()
+        self._buffers["attend"] = self._attention.ctypes.data
         ropes = dict.fromkeys(config.layer_rope(layer) for layer in range(config.num_layers))
         self._ahead: dict = {}  # rope -> position of the first, and its table
         self._rotations = {rope: np.zeros((2, CHUNK, config.head_dim // 2), np.float32) for rope in ropes}
@@ -177,6 +180,7 @@ class Compiled:
 
         position = self.cache.length
         self._prepare(position, 1)
+        self._make_attention(self._threads(1))
         self._embed(np.array([token]), self._x)
         arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
         each = text.own_bytes(self._most, self.model.config.head_dim, self._room)
@@ -218,6 +222,17 @@ class Compiled:
             hidden[:] = rows(self.model.weights[EMBEDDING], ids)
         if self.model.config.embedding_scale != 1:
             hidden *= np.float32(self.model.config.embedding_scale)
+
+    def _make_attention(self, threads: int) -> None:
+        """Kernels of attention for as many heads together as so many threads meet."""
+        if threads in self._attention_for:
+            return
+        from refllm.kernels.packed.token_attention import attend_address, needed
+
+        heads = self.model.config.num_heads
+        for together in needed(heads, heads // self.model.config.num_kv_heads, threads):
+            self._attention[together] = attend_address(together)
+        self._attention_for.add(threads)
 
     def _make_many(self, tokens: int) -> tuple:
         """Buffers for so many tokens, and the layers' records with the kernels for many."""
@@ -277,11 +292,15 @@ class Compiled:
             self._ahead[rope] = first, table
         return table[:, position - first : position - first + tokens]
 
+    def _threads(self, tokens: int) -> int:
+        """As many as may be used, as long as each has enough to do."""
+        return min(thread_count(), max(1, self._work * tokens // MINIMUM_WORK))
+
     def _run(self, kernel, arguments: tuple, each: int, rest: tuple, tokens: int) -> None:
         """The kernel on a team; every member gets `each` bytes of its own."""
         from refllm.kernels.packed.team import run_team
 
-        threads = min(thread_count(), max(1, self._work * tokens // MINIMUM_WORK))
+        threads = self._threads(tokens)
         if self._own.size < each * threads:
             self._own = np.empty(each * threads, np.uint8)
         own = self._own.ctypes.data

@@ -32,6 +32,7 @@ from refllm.kernels.packed.lanes import (
     pair_sum,
     plus,
     splat,
+    store_double,
     store_float,
     store_floats,
     times,
@@ -43,7 +44,7 @@ from refllm.kernels.packed.lanes import (
 from refllm.kernels.packed.plan import BUFFERS, HEAD, LAYER
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tiling import BLOCK, ROWS
-from refllm.kernels.packed.token_attention import MOST, attend, own_doubles
+from refllm.kernels.packed.token_attention import MOST, heads_together, own_doubles
 from refllm.kernels.packed.turn_kernels import turn
 
 
@@ -232,6 +233,8 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
     normed = own + thread * own_bytes
     laid = normed + 4 * most
     scratch = laid + 5 * most
+    store_double(scratch, scale)
+    store_double(scratch + 8, cap)
     per_group = heads // kv_heads
     first_head, last_head = share(heads, thread, threads)
     first_kv, last_kv = share(kv_heads, thread, threads)
@@ -253,15 +256,15 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
         start = max(0, position + 1 - layer.window) if layer.window else 0
         h = first_head
         while h < last_head:  # this member's heads, those that share keys and values together
-            together = min(per_group - h % per_group, last_head - h, MOST)
+            together = heads_together(h, last_head, per_group)
             for i in range(together):
                 query = buffers.q + 4 * dim * (h + i)
                 if layer.q_norm:
                     norm(query, dim, layer.q_norm, eps, query, 0)
                 rotate(query, dim, layer.cos, layer.sin, normed + 4 * dim * i)
             of = h // per_group * head_bytes + 4 * dim * start
-            count, out = position + 1 - start, mixed + 4 * dim * h
-            attend(together, normed, layer.keys + of, layer.values + of, count, dim, scale, cap, scratch, out)
+            what = normed, layer.keys + of, layer.values + of, position + 1 - start, dim, scratch, mixed + 4 * dim * h
+            call(word(buffers.attend, together), what)
             h += together
         barrier(meeting, threads)
         inputs = _turned(layer.o, mixed, heads * dim, normed, laid)

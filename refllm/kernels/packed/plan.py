@@ -62,6 +62,7 @@ BUFFERS = np.dtype(
             "logits",  # of one token
             "laid",  # activations laid out, of many tokens
             "lay_out",  # the kernel that lays out
+            "attend",  # a table of kernels: number i is for i heads that share keys and values
             "meeting",  # of the team
         )
     ]

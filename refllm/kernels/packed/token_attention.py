@@ -8,8 +8,10 @@ activations need (kernels/nn.py). The NumPy text is kernels/attention.py.
 from functools import cache
 
 import numpy as np
+from numba import types
 from numba.extending import register_jitable
 
+from refllm.kernels.packed.compile import compile_address
 from refllm.kernels.packed.lanes import (
     WIDE,
     divide,
@@ -44,6 +46,7 @@ from refllm.kernels.packed.lanes import (
 from refllm.kernels.packed.simd import LANES, target_features
 
 MOST = 4  # heads at once
+KNOBS = WIDE  # places for scale and cap, so that what follows stays aligned
 KEYS = COLUMNS = 4 if "+avx512f" in target_features() else 2  # keys, or vectors of a value, at once
 AGAIN = 64  # values that stay in the first-level cache while their columns are added
 
@@ -180,10 +183,11 @@ def _attend_text(n: int):
     """Attention of one token in n heads that share keys and values."""
     dot_keys, add_values = words(n)
 
-    @register_jitable
-    def attend_together(queries, keys, values, count, dim, scale, cap, own, out):
+    def attend_together(queries, keys, values, count, dim, own, out):
+        scale, cap = load_double(own), load_double(own + 8)
         room = (count + WIDE - 1) // WIDE * WIDE
-        wide, sums, scores = own, own + 8 * n * dim, own + 16 * n * dim
+        wide = own + 8 * KNOBS
+        sums, scores = wide + 8 * n * dim, wide + 16 * n * dim
         scale_up(queries, n * dim, scale, wide)
         dot_keys(wide, keys, count, dim, scores, room)
         clear(sums, n * dim)
@@ -196,25 +200,39 @@ def _attend_text(n: int):
     return attend_together
 
 
-_attend_1, _attend_2, _attend_3, _attend_4 = map(_attend_text, range(1, MOST + 1))
+@cache
+def attend_address(n: int) -> int:
+    """Address of the compiled softmax(scale q K^T) V of n heads that share keys and values, n <= MOST.
+
+    void(queries, keys, values, count, dim, own, out); queries and out : (n, dim), keys and values : (count, dim),
+    float32; own : room for own_doubles(n, dim, count), of which the first two are scale and soft-cap (0: none).
+    """
+    return compile_address(_attend_text(n), types.void(*[types.intp] * 7), f"_{n}")
 
 
 @register_jitable
-def attend(n, queries, keys, values, count, dim, scale, cap, own, out):
-    """softmax(scale q K^T) V of n heads that share keys and values, n <= MOST.
+def heads_together(head, last, per_group):
+    """Heads from `head` on, before `last`, that one call takes: those that share keys and values."""
+    return min(per_group - head % per_group, last - head, MOST)
 
-    queries and out : (n, dim), keys and values : (count, dim), float32; own : room for own_doubles(n, dim, count).
+
+def needed(heads: int, per_group: int, threads: int) -> set[int]:
+    """All numbers of heads together that the members of a team meet.
+
+    Examples
+    --------
+    >>> needed(9, 3, 1), needed(9, 3, 2)
+    ({3}, {1, 2, 3})
     """
-    if n == 1:
-        _attend_1(queries, keys, values, count, dim, scale, cap, own, out)
-    elif n == 2:
-        _attend_2(queries, keys, values, count, dim, scale, cap, own, out)
-    elif n == 3:
-        _attend_3(queries, keys, values, count, dim, scale, cap, own, out)
-    else:
-        _attend_4(queries, keys, values, count, dim, scale, cap, own, out)
+    found = set()
+    for thread in range(threads):
+        head, last = heads * thread // threads, heads * (thread + 1) // threads
+        while head < last:
+            found.add(together := heads_together(head, last, per_group))
+            head += together
+    return found
 
 
 def own_doubles(n: int, dim: int, count: int) -> int:
-    """Float64 numbers that attention of n heads over so many tokens needs beside: queries, sums, scores."""
-    return n * (2 * dim + count + WIDE)
+    """Float64 numbers that attention of n heads over so many tokens needs: knobs, queries, sums, scores."""
+    return KNOBS + n * (2 * dim + count + WIDE)
