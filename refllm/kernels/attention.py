@@ -57,7 +57,7 @@ def attend(
     k : (..., Hk, S, D), v : (..., Hk, S, Dv)
         Hk divides H.
     q_positions : (T,) integer
-    k_positions : (S,) integer, or (Hk, S) where a cache keeps other tokens in each head
+    k_positions : (S,) integer, or (..., Hk, S) where a cache keeps other tokens in each head
     scale : float
     window : int, optional
         Keys visible to a query, itself included.
@@ -79,18 +79,54 @@ def attend(
     >>> attend(one, one, np.array([[[0.0], [4.0]]]), np.arange(2), np.arange(2), scale=1.0)[0, :, 0].tolist()
     [0.0, 2.0]
     """
-    *batch, heads, queries, _ = q.shape
-    kv_heads = k.shape[-3]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
-    shared = heads // kv_heads
-    out = np.empty((*batch, heads, queries, v.shape[-1]), q.dtype)
-    for j in range(kv_heads):  # one at a time, with the queries that share it: a head's scores take much memory
-        mine = slice(j * shared, (j + 1) * shared)
-        key, value = (x[..., j, None, :, :].astype(np.float64) for x in (k, v))  # (..., 1, S, D)
-        scores = scale * np.matmul(q[..., mine, :, :], np.swapaxes(key, -1, -2))  # (..., g, T, S) float64
-        if softcap is not None:
-            scores = softcap * np.tanh(scores / softcap)
-        seen = visible(q_positions, k_positions if k_positions.ndim == 1 else k_positions[j], window)
-        out[..., mine, :, :] = np.matmul(softmax(np.where(seen, scores, -np.inf)), value)
+    _check_heads(q, k)
+    shared = q.shape[-3] // k.shape[-3]
+    out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+    for j in range(k.shape[-3]):  # one at a time, with the queries that share it: a head's scores take much memory
+        weights = _head_weights(j, q, k, q_positions, k_positions, scale, window, softcap)
+        out[..., j * shared : (j + 1) * shared, :, :] = np.matmul(weights, v[..., j, None, :, :].astype(np.float64))
     return out
+
+
+def _check_heads(q: np.ndarray, k: np.ndarray) -> None:
+    if q.shape[-3] % k.shape[-3]:
+        raise ValueError(f"{q.shape[-3]} query heads cannot share {k.shape[-3]} key-value heads evenly")
+
+
+def _head_weights(j: int, q, k, q_positions, k_positions, scale, window, softcap) -> np.ndarray:
+    """Weights of the queries that share key-value head j, (..., g, T, S) float64."""
+    shared = q.shape[-3] // k.shape[-3]
+    key = k[..., j, None, :, :].astype(np.float64)  # (..., 1, S, D)
+    scores = scale * np.matmul(q[..., j * shared : (j + 1) * shared, :, :], np.swapaxes(key, -1, -2))
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    at = k_positions if k_positions.ndim == 1 else k_positions[..., j, :]
+    seen = visible(q_positions, at if at.ndim == 1 else at[..., None, :], window)  # of a batch (B, 1, T, S)
+    return softmax(np.where(seen, scores, -np.inf))
+
+
+def attention_weights(
+    q: np.ndarray,
+    k: np.ndarray,
+    q_positions: np.ndarray,
+    k_positions: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
+    """The softmax weights of `attend`, whose parameters these are.
+
+    Returns
+    -------
+    (..., Hk, H / Hk, T, S) float64; zeros for a query that sees no key
+    """
+    _check_heads(q, k)
+    rule = q_positions, k_positions, scale, window, softcap
+    return np.stack([_head_weights(j, q, k, *rule) for j in range(k.shape[-3])], axis=-4)
+
+
+def mix(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Values weighted, to the bit as in `attend`: (..., Hk, g, T, S) and (..., Hk, S, Dv) -> (..., Hk * g, T, Dv)."""
+    mixed = np.matmul(weights, v[..., None, :, :].astype(np.float64))
+    return mixed.reshape(*v.shape[:-3], -1, *mixed.shape[-2:]).astype(v.dtype)

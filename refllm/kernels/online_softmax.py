@@ -159,11 +159,11 @@ def tiles(length: int, size: int, name: str) -> list[slice]:
 
 
 def tile_mask(q_positions: np.ndarray, k_positions: np.ndarray, window: int | None) -> np.ndarray | None:
-    """Which keys of a tile each query sees, (Tq, Tk) or (Hk, 1, Tq, Tk); None where no query sees any."""
+    """Which keys of a tile each query sees, (Tq, Tk) or (..., Hk, 1, Tq, Tk); None where no query sees any."""
     mask = visible(q_positions, k_positions, window)
     if not mask.any():
         return None
-    return mask[:, None] if mask.ndim == 3 else mask  # positions that differ by key-value head
+    return mask[..., None, :, :] if mask.ndim > 2 else mask  # positions that differ by key-value head
 
 
 def bend(products: np.ndarray, mask: np.ndarray, scale: float, softcap: float | None) -> np.ndarray:

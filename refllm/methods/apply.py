@@ -10,6 +10,10 @@ A packing method with a keyword-only parameter `fisher` is also handed the mean 
 calibration text (refllm.model.fisher). They belong to a weight and not to its inputs, so they are no part of Stats;
 they are computed once for all layers, at the weights before the first of the neighbouring stages, and the method must
 do without them (fisher=None) where it is called directly, and where a weight is stored turned.
+
+A run-time method may have to learn something of the model (which heads look far back, say). Its function then has an
+attribute `prepare`: prepare(model, **knobs) -> knobs to add. `compress` asks once, after all other stages, and writes
+the answer into the recipe, which is stored with the model: what is loaded knows it already.
 """
 
 import inspect
@@ -111,7 +115,6 @@ def compress(
     stages = parse(recipe)
     _check_runtime(stages, recipe)
     _check_calibration(stages, calibration)
-    recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
     if any(map(_is_whole, stages)):
         model = _decoded(model)
     for whole, group in groupby((s for s in stages if s.family not in RUNTIME_FAMILIES), _is_whole):
@@ -120,7 +123,21 @@ def compress(
                 model = _change_model(model, stage, calibration, on_report)
         else:
             model = _change_weights(model, list(group), calibration, on_report)
+    stages, recipe = _prepared(model, stages, recipe)
+    recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
     return _bind_runtime(replace(model, recipe=recipes), stages)
+
+
+def _prepared(model: Model | None, stages: list[Stage], recipe: str = "") -> tuple[list[Stage], str]:
+    """Stages and recipe with the knobs that run-time methods find by looking at the model; stand-ins without one."""
+    texts, done = recipe.split("+"), []
+    for place, stage in enumerate(stages):
+        found = stage.function.prepare(model, **stage.knobs) if hasattr(stage.function, "prepare") else {}
+        if found and recipe:
+            added = ",".join(f"{key}={value}" for key, value in found.items())
+            texts[place] += ("," if ":" in texts[place] else ":") + added
+        done.append(replace(stage, knobs=stage.knobs | found))
+    return done, "+".join(texts)
 
 
 def _is_whole(stage: Stage) -> bool:
@@ -199,7 +216,7 @@ def check(model: Model, recipe: str, calibration=None) -> None:
             stats = None if blind else Stats(rng.standard_normal((16, columns), np.float32))
             _compress_weight(stand_in, name, todo, stats, None)
     if any(stage.family in RUNTIME_FAMILIES for stage in stages):
-        for _ in generate_ids(_bind_runtime(model, stages), [0], 2, stop_ids=()):
+        for _ in generate_ids(_bind_runtime(model, _prepared(None, stages)[0]), [0], 2, stop_ids=()):
             pass
 
 

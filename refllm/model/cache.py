@@ -7,15 +7,20 @@ A cache is one *store* per layer. A store is any object with
     nbytes                                                      bytes of everything it keeps
     pre_rope                                                    True: keys come unrotated, the caller rotates the result
     rollback                                                    optional: tokens of its own that a call may take back
+    prompt_length                                               optional: tokens of a prompt that comes in several calls
+    endless                                                     optional: True if it needs no positions beyond its size
+    device_nbytes                                               optional: nbytes without what it keeps in host memory
     attend(q, k, v, positions, scale, window, softcap)          optional: extend, and attention over what it returns,
                                                                 in the store's own way (from packed codes, say)
 
-with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,) or
-(Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or
-merges tokens moves nothing else. Lesson: lessons/02-prefill-decode-cache.md.
+with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,),
+(Hk, S) or (B, Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or
+merges tokens moves nothing else; `refllm.model.stores` has what such stores share. Lesson:
+lessons/02-prefill-decode-cache.md.
 """
 
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
 
@@ -94,7 +99,7 @@ class KVCache:
     ----------
     num_layers : int
     context_length : int
-        Positions the model was made for; the forward pass refuses to go beyond.
+        Positions the model was made for; the forward pass refuses to go beyond, unless all stores are endless.
     policy : callable, optional
         `policy(layer) -> store`; None keeps everything (`DenseStore`).
 
@@ -111,7 +116,7 @@ class KVCache:
 
     def __init__(self, num_layers: int, context_length: int, policy: Callable | None = None):
         self.stores = [DenseStore() if policy is None else policy(layer) for layer in range(num_layers)]
-        self.context_length = context_length
+        self.context_length = inf if all(getattr(s, "endless", False) for s in self.stores) else context_length
         self.length = 0
         self.batch = None
         self.compiled = None
@@ -126,6 +131,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that all layers store now."""
         return sum(store.nbytes for store in self.stores)
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of that which lie where attention is computed: less than `nbytes` where a store uses host memory."""
+        return sum(getattr(store, "device_nbytes", store.nbytes) for store in self.stores)
 
     def truncate(self, length: int) -> None:
         """Roll back to the first `length` tokens.
@@ -142,7 +152,7 @@ class KVCache:
         self.length = length
 
 
-def new_cache(model, policy: Callable | None = None) -> KVCache:
+def new_cache(model, policy: Callable | None = None, *, prompt_length: int | None = None) -> KVCache:
     """An empty cache for `forward(model, ids, cache=...)`.
 
     Parameters
@@ -150,10 +160,17 @@ def new_cache(model, policy: Callable | None = None) -> KVCache:
     model : Model
     policy : callable, optional
         `policy(layer) -> store`. None takes the model's own (`kivi` in its recipe, say), else the dense cache.
+    prompt_length : int, optional
+        For stores that compress a prompt once it has been read: how long it is, where it comes in several calls. None:
+        the first call is the prompt.
 
     Returns
     -------
     KVCache
     """
     config = model.config
-    return KVCache(config.num_layers, config.context_length, policy or model.runtime.cache_policy)
+    cache = KVCache(config.num_layers, config.context_length, policy or model.runtime.cache_policy)
+    for store in cache.stores:
+        if hasattr(store, "prompt_length"):
+            store.prompt_length = prompt_length
+    return cache

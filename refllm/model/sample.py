@@ -155,6 +155,6 @@ def generate_ids(
         if token in stop_ids:
             return
         yield token
-        if i + 1 == max_tokens or cache.length == model.config.context_length:
+        if i + 1 == max_tokens or cache.length >= cache.context_length:
             return
         logits = forward(model, [token], cache=cache)[-1]
