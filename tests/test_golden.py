@@ -27,6 +27,7 @@ from tests import (
     golden_mutants_ranges,
     golden_mutants_rotations,
     golden_mutants_scaled,
+    golden_mutants_sequence,
 )
 
 MUTANTS = (
@@ -44,6 +45,7 @@ MUTANTS = (
     golden_mutants_outliers,
     golden_mutants_attention,
     golden_mutants_pairs,
+    golden_mutants_sequence,
 )
 SUITES = list(read_suites(default_root()))
 RTN = [suite for suite in SUITES if suite.name.startswith("quant/rtn")]

@@ -33,6 +33,14 @@ def add_commands(commands) -> None:
         help="evaluate on the first N tokens, of documents on the whole ones among them (default 4096)",
     )
     parser.add_argument("--window", type=count, metavar="N", help="tokens of context (default 512)")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="also ask questions: facts, passkey (for tiny), or a task file of prompts and answers",
+    )
+    parser.add_argument("--items", type=count, metavar="N", help="questions of each task (default 40)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw quality against size")
     add_calibration(parser)
     add_activations(parser)
@@ -86,6 +94,8 @@ def compare(args) -> int:
         window=args.window,
         activations=args.activations,
         threads=args.threads,
+        tasks=tuple(args.task),
+        items=args.items or comparing.ITEMS,
     )
     with Progress() as progress:
 

@@ -9,7 +9,9 @@ base model runs first and leaves its log-probabilities in a temporary file, whic
               quality comes after and does not count. Python, NumPy and Numba are part of it.
     speed     medians of greedy generation, batch 1, a warm-up excluded
     quality   perplexity, KL and top-1 agreement over the same positions: by the protocol document where the text is
-              given as documents (as the bundled stories are), else by the protocol gptq
+              given as documents (as the bundled stories are), else by the protocol gptq. A cache that compresses a
+              prompt reads half of each window as one.
+    recall    of tasks: the share of questions answered, and the bytes of the cache then (`refllm.evaluate.recall`)
 """
 
 import json
@@ -24,6 +26,7 @@ import numpy as np
 
 from refllm.evaluate.measure import sizes
 from refllm.evaluate.perplexity import check_window, plan
+from refllm.evaluate.recall import ITEMS, prompts, questions, share_found
 from refllm.formats.process import child_environment
 from refllm.kernels.packed.threads import thread_count
 from refllm.methods.apply import check, compress, needs_calibration
@@ -77,6 +80,10 @@ class Setting:
         Of NumPy and the kernels in the measuring processes; None leaves both to themselves.
     starts : tuple of int
         Where each document begins in `ids`; () for a plain stream of tokens.
+    tasks : tuple of str
+        Of refllm.evaluate.recall: facts, passkey, or files.
+    items : int
+        Questions of each task, at most.
     """
 
     ids: np.ndarray
@@ -88,6 +95,8 @@ class Setting:
     activations: str = "float32"
     threads: int | None = None
     starts: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    items: int = ITEMS
 
     @property
     def protocol(self) -> str:
@@ -183,7 +192,8 @@ def compare(
     Returns
     -------
     dict
-        rows, failed ([{recipe, reason}]: recipes this model or text cannot take), protocol, window, tokens_scored,
+        rows (with tasks: recall {task: share} and cache_bytes {stored_bytes_per_token, ...}), failed ([{recipe,
+        reason}]: recipes this model or text cannot take), protocol, window, tokens_scored,
         prompt_tokens, new_tokens, activations, threads, base_perplexity, base_dtype (type in which the base's
         log-probabilities were kept).
 
@@ -197,6 +207,9 @@ def compare(
         A measuring process failed; its last line is in the message.
     """
     failed: list[dict] = []
+    asked = {task: questions(task, setting.items) for task in setting.tasks}
+    if asked and model.tokenizer is None:
+        raise ValueError("tasks need a model with a tokenizer")
 
     def leave_out(recipe: str, error: ValueError) -> None:
         failed.append({"recipe": recipe, "reason": str(error)})
@@ -212,6 +225,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         np.save(folder / "ids.npy", setting.ids)
+        given = {task: prompts(model, of_task) for task, of_task in asked.items()}
+        (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
         # No tokenizer: the processes get ids, and loading one would count in their memory.
         base = replace(model, tokenizer=None)
         base_row = _measure(base, "none", setting, folder, is_base=True)
@@ -226,7 +241,7 @@ def compare(
             except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
                 leave_out(recipe, error)
                 continue
-            rows.append({**row, "recipe": recipe})
+            rows.append({**_with_recall(row, asked, model.tokenizer), "recipe": recipe})
     extra = {"tokens_scored", "base_dtype"}
     return {
         "rows": [{k: v for k, v in row.items() if k not in extra} for row in rows],
@@ -241,6 +256,18 @@ def compare(
         "base_perplexity": base_row["perplexity"],
         "base_dtype": base_row["base_dtype"],
     }
+
+
+def _with_recall(row: dict, asked: dict, tokenizer) -> dict:
+    """The row with the share of answers found in place of what was written."""
+    row = dict(row)
+    answers = row.pop("answers", {})
+    if not answers:
+        return row
+    row["recall"] = {task: share_found(tokenizer, asked[task], found["written"]) for task, found in answers.items()}
+    names = [name for name in next(iter(answers.values())) if name != "written"]
+    row["cache_bytes"] = {name: float(np.mean([found[name] for found in answers.values()])) for name in names}
+    return row
 
 
 def _refused(model: Model, recipes: Sequence[str], setting: Setting) -> dict[str, ValueError]:
@@ -274,6 +301,7 @@ def _measure(model: Model, recipe: str, setting: Setting, folder: Path, is_base:
         "folder": str(folder / "model"),
         "ids": str(folder / "ids.npy"),
         "base": str(folder / "base"),
+        "tasks": str(folder / "tasks.json"),
         "is_base": is_base,
         "protocol": setting.protocol,
         "starts": setting.starts,

@@ -245,16 +245,20 @@ def _rolling(ids: np.ndarray, prefix: int, window: int) -> Iterator[Window]:
 
 
 def window_logits(model: Model, window: Window, chunk: int | None = None) -> np.ndarray:
-    """Logits (n, V) of a window's n targets; through the cache where `chunk`, or the model's cache method, says so."""
-    if chunk is None and model.runtime.cache_policy is not None:
-        chunk = CACHE_CHUNK
-    n = len(window.targets)
-    if chunk is None:
+    """Logits (n, V) of a window's n targets; through the cache where `chunk`, or the model's cache method, says so.
+
+    A cache that treats a prompt apart (`prompt_length`) reads the first half of the window as one, the rest by tokens.
+    """
+    n, length = len(window.targets), len(window.ids)
+    if chunk is None and model.runtime.cache_policy is None:
         return forward(model, window.ids)[-n:]
     cache = new_cache(model)
-    parts, kept = [], len(window.ids) - n
-    for start in range(0, len(window.ids), chunk):
-        logits = forward(model, window.ids[start : start + chunk], cache=cache)
+    starts = list(range(0, length, chunk or CACHE_CHUNK))
+    if chunk is None and any(hasattr(store, "prompt_length") for store in cache.stores):
+        starts = [0, *range(max(length // 2, 1), length)]
+    parts, kept = [], length - n
+    for start, stop in zip(starts, [*starts[1:], length], strict=True):
+        logits = forward(model, window.ids[start:stop], cache=cache)
         parts.append(logits[max(0, kept - start) :])
     return np.concatenate(parts)
 

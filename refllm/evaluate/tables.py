@@ -85,10 +85,19 @@ def compare_table(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
+    tasks = list(next((row["recall"] for row in result["rows"] if "recall" in row), {}))
+    if tasks:
+        header += [f"{task.rsplit('/', 1)[-1].removesuffix('.jsonl')}\nrecall" for task in tasks]
+        header += ["stored\n/token", "on device\n/token", "fetched\n/step"]
+        for cells, row in zip(rows, result["rows"], strict=True):
+            cells += [f"{100 * row['recall'][task]:.1f}%" for task in tasks]
+            cells += [f"{count:,.0f}" for count in row["cache_bytes"].values()]
     note = (
         f"protocol {result['protocol']}: {result['tokens_scored']:,} tokens scored in windows of {result['window']}, "
         f"KL and top-1 against the uncompressed model\n"
         f"speed: {result['prompt_tokens']} tokens read, {result['new_tokens']} written, batch 1, "
         f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}, {result['activations']} activations"
     )
+    if tasks:
+        note += "\nrecall: questions answered, and bytes of the cache when the answer is written"
     return f"{table(header, rows)}\n{note}"

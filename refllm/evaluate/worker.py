@@ -1,7 +1,7 @@
 """The process that measures one model for `refllm compare`: a job as JSON on stdin, the measured columns on stdout.
 
 Order matters: what the model itself needs (load, prefill, decode) comes first and peak memory is read right after;
-the comparison with the base, whose log-probabilities are far larger, comes last.
+the comparison with the base, whose log-probabilities are far larger, comes after that, and answers to questions last.
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from refllm.evaluate.compare import as_text
 from refllm.evaluate.measure import divergence, kv_bytes_per_token, log_probabilities, measure_speed
 from refllm.evaluate.perplexity import plan, token_nll, window_logits
+from refllm.evaluate.recall import answers
 from refllm.formats.process import peak_rss_bytes
 from refllm.methods.apply import load, with_activations
 from refllm.model.model import Model
@@ -26,8 +27,8 @@ def measure(job: dict) -> dict:
     Parameters
     ----------
     job : dict
-        As `refllm.evaluate.compare` writes it: folder, ids, base, is_base, protocol, starts, window, prompt_tokens,
-        new_tokens, repeats, activations.
+        As `refllm.evaluate.compare` writes it: folder, ids, base, tasks, is_base, protocol, starts, window,
+        prompt_tokens, new_tokens, repeats, activations.
     """
     model = with_activations(load(job["folder"]), job["activations"])
     ids = np.load(job["ids"])
@@ -38,7 +39,10 @@ def measure(job: dict) -> dict:
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
         "decode_tokens_per_s": speed.decode_tokens_per_s,
     }
-    return costs | _quality(model, ids, job)
+    quality = _quality(model, ids, job)
+    tasks = json.loads(Path(job["tasks"]).read_text(encoding="utf-8"))
+    written = {task: answers(model, given) for task, given in tasks.items()}
+    return costs | quality | ({"answers": written} if written else {})
 
 
 def _quality(model: Model, ids: np.ndarray, job: dict) -> dict:

@@ -14,8 +14,8 @@ A cache is one *store* per layer. A store is any object with
                                                                 in the store's own way (from packed codes, say)
 
 with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,),
-(Hk, S) or (B, Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that evicts or
-merges tokens moves nothing else; `refllm.model.stores` has what such stores share. Lesson:
+(Hk, S) or (B, Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that
+evicts or merges tokens moves nothing else; `refllm.model.stores` has what such stores share. Lesson:
 lessons/02-prefill-decode-cache.md.
 """
 

@@ -67,7 +67,8 @@ def forward(
     limit = config.context_length if cache is None else cache.context_length
     if start + ids.shape[-1] > limit or ids.shape[-1] > config.context_length:
         raise ValueError(
-            f"the context of {config.context_length} tokens is full: {start} seen, {ids.shape[-1]} more given; shorten the prompt"
+            f"the context of {config.context_length} tokens is full: {start} seen, {ids.shape[-1]} more given; "
+            "shorten the prompt"
         )
     ids_2d = np.atleast_2d(ids)
     if cache is not None:

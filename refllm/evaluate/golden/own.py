@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refllm.evaluate.golden import own_attention, own_checkpoints, own_outliers
+from refllm.evaluate.golden import own_attention, own_checkpoints, own_outliers, own_sequence
 
 
 def implementation(op: str, params: dict, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -575,4 +575,5 @@ _OPS = {
     **own_attention.OPS,
     **own_checkpoints.OPS,
     **own_outliers.OPS,
+    **own_sequence.OPS,
 }

@@ -119,7 +119,9 @@ class H2OStore(PromptStore):
         others = max(self.tokens.count - recent, 0)
         if others > heavy:
             chosen = highest(self.scores[..., :others], heavy)
-            rest = np.broadcast_to(np.arange(others, self.tokens.count), (*chosen.shape[:-1], self.tokens.count - others))
+            rest = np.broadcast_to(
+                np.arange(others, self.tokens.count), (*chosen.shape[:-1], self.tokens.count - others)
+            )
             places = np.concatenate([chosen, rest], axis=-1)
             self.scores = np.take_along_axis(self.scores, places, axis=-1)
             self._give_up(places)

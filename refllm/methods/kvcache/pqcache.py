@@ -7,14 +7,15 @@ each key-value head 2^bits centroids and each token m codes. Later tokens take t
     table[part, c] = q_part . centroid[part, c]        s_j = sum over parts of table[part, code_j]
 
 A step takes softmax over the candidates of s / sqrt(D), adds the query heads of a group up, and attends over the sinks,
-the `top` best candidates (the first of equals) of each key-value head, and the last `recent` tokens, its own among them.
-Candidates are the tokens between. n = ratio (N - sinks), rounded down, is split evenly: top = recent = n // 2; both stay
+the `top` best candidates (the first of equals) of each key-value head, and the last `near` tokens, its own among them.
+Candidates are the tokens between. n = ratio (N - sinks), rounded down, is split evenly: top = near = n // 2; both stay
 what they were at the end of the prompt. Prompts with no more than 2^bits tokens behind the sinks keep full attention.
 
 `nbytes` is everything. Of it `device_nbytes` lie where attention runs: sinks, last tokens, fetched ones, codes and
 centroids; the rest is host memory. `recalled` counts the bytes fetched: tokens that were not there before.
 
-Paper: Zhang et al. 2024, "PQCache: Product Quantization-based KVCache for Long Context LLM Inference", arXiv:2407.12820.
+Paper: Zhang et al. 2024, "PQCache: Product Quantization-based KVCache for Long Context LLM Inference",
+arXiv:2407.12820.
 Differs from the authors' code: k-means starts from k-means++ and a seed, and stops after `iterations`; every token has
 its codes from the start, there when it leaves the last ones; a step of several tokens chooses by its last query.
 Stage: decode, memory
@@ -32,7 +33,14 @@ from refllm.model.stores import PromptStore, check_amounts, highest
 
 
 def pqcache(
-    layer: int, *, ratio: float = 0.1, sinks: int = 32, parts: int = 2, bits: int = 6, iterations: int = 10, seed: int = 0
+    layer: int,
+    *,
+    ratio: float = 0.1,
+    sinks: int = 32,
+    parts: int = 2,
+    bits: int = 6,
+    iterations: int = 10,
+    seed: int = 0,
 ) -> "PQCacheStore":
     """The store of one layer: `new_cache(model, policy=pqcache)`.
 
@@ -63,7 +71,9 @@ def pqcache(
     """
     check_amounts("pqcache", ratio=ratio, sinks=sinks)
     if parts < 1 or not 1 <= bits <= 8 or iterations < 0:
-        raise ValueError(f"pqcache needs parts from 1 on, bits 1 to 8, iterations from 0 on, got {parts}, {bits}, {iterations}")
+        raise ValueError(
+            f"pqcache needs parts from 1 on, bits 1 to 8, iterations from 0 on, got {parts}, {bits}, {iterations}"
+        )
     return PQCacheStore(ratio, sinks, parts, bits, iterations, (seed, layer))
 
 

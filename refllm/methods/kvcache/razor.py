@@ -34,7 +34,7 @@ from refllm.kernels.attention import attend, attention_weights, mix, visible
 from refllm.kernels.nn import softmax
 from refllm.model.llama import forward
 from refllm.model.model import Model
-from refllm.model.stores import PromptStore, Tokens, check_amounts
+from refllm.model.stores import PromptStore, check_amounts
 
 _QUERIES = 256  # of the search at a time
 
@@ -89,7 +89,7 @@ def _check(sinks, recent, divisor, induction, echo) -> None:
     check_amounts("razor", sinks=sinks, recent=recent)
     if divisor < 1 or not (0 <= induction <= 1 and 0 <= echo <= 1):
         raise ValueError(
-            f"razor needs a divisor from 1 on, and shares from 0 to 1, got {divisor}, induction {induction}, echo {echo}"
+            f"razor needs a divisor from 1 on and shares from 0 to 1, got {divisor}, induction {induction}, echo {echo}"
         )
 
 
@@ -166,9 +166,7 @@ def choose(induction_scores: np.ndarray, echo_scores: np.ndarray, induction: flo
     return sorted(chosen)
 
 
-def head_scores(
-    model: Model, *, tokens: int = 2500, repeats: int = 4, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def head_scores(model: Model, *, tokens: int = 2500, repeats: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Induction and echo score of every key-value head on random tokens written several times.
 
     Parameters
@@ -379,7 +377,7 @@ class RazorStore(PromptStore):
             self.others.cut(self.others.count - count)
 
     def parts(self) -> dict[str, np.ndarray]:
-        """Views of exactly what is stored: all tokens of some heads, `other_` those of the rest, the sum of the dropped."""
+        """Views of exactly what is stored: tokens of retrieval heads, `other_` ones of the rest, sum of the dropped."""
         parts = super().parts() if self.tokens.count else {}
         if self.others is None:
             return parts

@@ -1,11 +1,11 @@
 """The exactness laws of key-value stores, by name; `make()` gives a new store, `tokens` are (k, v, q) of one length.
 
-    keep_all_equals_dense          what is kept whole is what a dense store would return, to the bit
-    budget_of_length_is_no_op      the same for a budget of exactly the tokens there are
-    chunked_equals_one_shot        a prompt in several calls leaves what one call leaves
-    independent_of_chunk_size      the same for every chunk size, and so does what the next step sees
-    positions_never_move           a key comes back under the position it came with, or not at all
-    rollback_leaves_no_trace       tokens taken back, as announced, might never have been there
+keep_all_equals_dense          what is kept whole is what a dense store would return, to the bit
+budget_of_length_is_no_op      the same for a budget of exactly the tokens there are
+chunked_equals_one_shot        a prompt in several calls leaves what one call leaves
+independent_of_chunk_size      the same for every chunk size, and so does what the next step sees
+positions_never_move           a key comes back under the position it came with, or not at all
+rollback_leaves_no_trace       tokens taken back, as announced, might never have been there
 """
 
 import numpy as np
@@ -78,9 +78,7 @@ def independent_of_chunk_size(make, tokens, size, steps=3):
     prompt = tokens[0].shape[-2] - steps
     ends = [*range(prompt + 1, prompt + steps)]
     one, other = (with_prompt(make(), prompt) for _ in range(2))
-    same_results(
-        feed(one, tokens, (prompt, *ends)), feed(other, tokens, (*range(size, prompt, size), prompt, *ends))
-    )
+    same_results(feed(one, tokens, (prompt, *ends)), feed(other, tokens, (*range(size, prompt, size), prompt, *ends)))
     same_state(one, other)
 
 
