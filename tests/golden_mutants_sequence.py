@@ -185,7 +185,7 @@ def razor(bug, params, **arrays):
             rows.append(v[head, gone].mean(axis=0))
         out.append(weights(np.array(scores)) @ np.array(rows))
     dropped = len(gone) - (bug == "window_moves" and len(gone) > 0)
-    return {"o": np.array(out), "dropped": np.array(dropped)}
+    return {"o": np.array(out, np.float32), "dropped": np.array(dropped)}
 
 
 def freekv(bug, params, q, k):

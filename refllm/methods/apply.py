@@ -134,8 +134,9 @@ def _prepared(model: Model | None, stages: list[Stage], recipe: str = "") -> tup
     for place, stage in enumerate(stages):
         found = stage.function.prepare(model, **stage.knobs) if hasattr(stage.function, "prepare") else {}
         if found and recipe:
-            added = ",".join(f"{key}={value}" for key, value in found.items())
-            texts[place] += ("," if ":" in texts[place] else ":") + added
+            name, _, items = texts[place].partition(":")
+            items = [item for item in filter(None, items.split(",")) if item.partition("=")[0].strip() not in found]
+            texts[place] = name + ":" + ",".join([*items, *(f"{key}={value}" for key, value in found.items())])
         done.append(replace(stage, knobs=stage.knobs | found))
     return done, "+".join(texts)
 

@@ -42,7 +42,7 @@ _QUERIES = 256  # of the search at a time
 def razor(
     layer: int,
     *,
-    heads: str | None = None,
+    heads: str = "search",
     sinks: int = 4,
     recent: int = 4000,
     divisor: int = 5,
@@ -55,9 +55,9 @@ def razor(
     Parameters
     ----------
     layer : int
-    heads : str, optional
-        The retrieval heads, LAYER.KEY_VALUE_HEAD joined by /, or "none" or "all". In a recipe left out: they are
-        searched once, when the model is compressed, and stored with it. `heads_text(retrieval_heads(model))` in Python.
+    heads : str
+        The retrieval heads, LAYER.KEY_VALUE_HEAD joined by /, or "none" or "all". In a recipe "search": they are
+        searched once, when the model is compressed, and stored with it. In Python `heads_text(retrieval_heads(model))`.
     sinks : int
         N0: first tokens that every head keeps.
     recent, divisor : int
@@ -77,7 +77,7 @@ def razor(
         A number out of range, heads that are not of this form, or no heads.
     """
     _check(sinks, recent, divisor, induction, echo)
-    if heads is None:
+    if heads == "search":
         raise ValueError(
             "razor needs the retrieval heads: a recipe searches them; in Python give heads=heads_text(retrieval_heads("
             "model)), or heads=none or all"
@@ -121,10 +121,10 @@ def heads_text(heads: list[tuple[int, int]]) -> str:
     return "/".join(f"{layer}.{head}" for layer, head in heads) or "none"
 
 
-def _prepare(model: Model | None, *, heads=None, induction=0.14, echo=0.01, sinks=4, recent=4000, divisor=5, **knobs):
-    """See `refllm.methods.apply`: the knob `heads`, where it is left out; without a model a stand-in for it."""
+def _prepare(model: Model | None, *, heads="search", sinks=4, recent=4000, divisor=5, induction=0.14, echo=0.01, **_):
+    """See `refllm.methods.apply`: the heads where they are to be searched; without a model a stand-in for them."""
     _check(sinks, recent, divisor, induction, echo)
-    if heads is not None:
+    if heads != "search":
         return {}
     return {"heads": "none" if model is None else heads_text(retrieval_heads(model, induction=induction, echo=echo))}
 

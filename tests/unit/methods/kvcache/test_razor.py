@@ -151,8 +151,9 @@ def test_searched_once_and_stored_with_the_model(tmp_path, monkeypatch):
     small = compress(model, "rtn:bits=8,group=16+razor:sinks=2,recent=4,induction=0.5")
     assert small.recipe.startswith("rtn:bits=8,group=16+razor:sinks=2,recent=4,induction=0.5,heads=")
     module = sys.modules["refllm.methods.kvcache.razor"]
-    monkeypatch.setattr(module, "head_scores", lambda *args, **kw: pytest.fail("searched again"))
-    loaded = load(save_native(small, tmp_path / "m"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "head_scores", lambda *args, **kw: pytest.fail("searched again"))
+        loaded = load(save_native(small, tmp_path / "m"))
     ids = np.arange(40) % 7
     plain = list(generate_ids(loaded, ids, 9, stop_ids=()))
     assert plain == list(generate_ids(small, ids, 9, stop_ids=()))
@@ -163,6 +164,8 @@ def test_searched_once_and_stored_with_the_model(tmp_path, monkeypatch):
     by_hand = compress(model, "razor:heads=1.0,sinks=2,recent=4")
     assert by_hand.recipe == "razor:heads=1.0,sinks=2,recent=4"
     check(model, "razor:recent=8")
+    asked_for = compress(model, "razor:heads=none").recipe, compress(model, "razor:heads=search,recent=9").recipe
+    assert asked_for[0] == "razor:heads=none" and asked_for[1].startswith("razor:recent=9,heads=")
 
 
 @pytest.mark.parametrize(
