@@ -62,6 +62,22 @@ BUGS = {
         "any_shape": "WrongShape",
         "nan_ignored": "NonFinite",
     },
+    "finish.teal": {
+        "keeps_equal": "Strict",
+        "of_x": "Magnitude",
+        "own_quantile": "Calibrated",
+        "zeros_count": "Zero",
+        "any_params": "BadParams",
+    },
+    "finish.amber": {
+        "not_clipped": "Clip",
+        "rows": "Column",
+        "ties_up": "TieLower",
+        "threshold": "ExactlyN",
+        "one_by_one": "Block",
+        "any_params": "BadParams",
+        "cut_short": "Shape",
+    },
     "transform.smoothquant": {
         "first_only": "Joint",
         "divided": "Multiply",
@@ -270,6 +286,36 @@ def lorc(bug, params, w, w_hat):
     return {"repaired": repaired.astype(F), "error": np.array(np.sum((w - repaired) ** 2))}
 
 
+def teal(bug, params, calibration, x):
+    s = params["sparsity"]
+    require(0 <= s < 1, bug, "any_params")
+    seen = x if bug == "own_quantile" else calibration
+    sizes = np.sort((seen if bug == "of_x" else np.abs(seen)).reshape(-1))
+    count = min(int(np.ceil(s * sizes.size)), sizes.size)
+    tau = sizes[count - 1] if count else F(-1 if bug == "zeros_count" else 0)
+    kept = np.abs(x) >= tau if bug == "keeps_equal" else np.abs(x) > tau
+    return {"threshold": np.full((1, 1), max(tau, 0), F), "kept": kept.astype(np.uint8)}
+
+
+def amber(bug, params, w, x):
+    n, m, b = params["n"], params["m"], params["block"]
+    require(1 <= n <= m, bug, "any_params")
+    require(w.shape[1] % (m * b) == 0, bug, "cut_short")
+    b = 1 if bug == "one_by_one" or w.shape[1] % (m * b) else b
+    W = w.astype(np.float64)
+    W = W if bug == "not_clipped" else np.clip(W, *np.percentile(W, (0.5, 99.5)))
+    norms = np.linalg.norm((W - W.mean()) / W.std(), axis=1 if bug == "rows" else 0)
+    factor = norms / norms[norms > 0].min()
+    score = np.abs(x.astype(np.float64)) * (factor if params["score"] == "amber" else 1)
+    units = (score.reshape(len(x), -1, m, b) ** 2).sum(axis=-1)
+    order = np.argsort(-units[..., ::-1] if bug == "ties_up" else -units, axis=-1, kind="stable")
+    kept = np.argsort(order, axis=-1) < n
+    kept = kept[..., ::-1] if bug == "ties_up" else kept
+    if bug == "threshold":
+        kept = kept & (units > 0)
+    return {"factor": factor[None].astype(F), "kept": np.repeat(kept.reshape(len(x), -1), b, axis=1).astype(np.uint8)}
+
+
 def smoothquant(bug, params, absmax, gain, first, second):
     alpha = 1 - params["alpha"] if bug == "alpha_swapped" else params["alpha"]
     require(0 <= alpha <= 1, bug, "any_params")
@@ -313,6 +359,8 @@ _OPS = {
     "quant.llm_int8": llm_int8,
     "quant.zeroquant": zeroquant,
     "finish.lorc": lorc,
+    "finish.teal": teal,
+    "finish.amber": amber,
     "transform.smoothquant": smoothquant,
     "transform.osplus": osplus,
 }

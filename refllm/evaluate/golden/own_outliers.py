@@ -98,7 +98,26 @@ def _osplus(params: dict, x: np.ndarray, w: np.ndarray) -> dict[str, np.ndarray]
     return {"s": s[None], "t": np.array(t), "z": module.shift(high, low)[None]}
 
 
+def _teal(params: dict, calibration: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.sparse import Plain
+    from refllm.kernels.stats import Stats
+    from refllm.methods.finish.teal import teal
+
+    record = teal(Plain(np.ones((1, x.shape[1]), np.float32)), None, Stats(calibration), **params)
+    return {"threshold": record.threshold, "kept": record.kept(x).astype(np.uint8)}
+
+
+def _amber(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.packed.sparse import Plain
+    from refllm.methods.finish.amber import amber, column_factors
+
+    factor = column_factors(w)
+    return {"factor": factor, "kept": amber(Plain(w), w, **params).kept(x).astype(np.uint8)}
+
+
 OPS = {
+    "finish.teal": _teal,
+    "finish.amber": _amber,
     "activations.dynamic": _dynamic,
     "finish.static": _static,
     "finish.lorc": _lorc,

@@ -25,6 +25,8 @@ to.
     Sum            two weights of one shape, whose products are added
     TokenInputs, StaticInputs, PairInputs, OutlierInputs
                    a record, and how its inputs are rounded
+    ThresholdInputs, PatternInputs
+                   a record, and which of its inputs are taken as zero
     Rotated        a weight whose inputs are turned by a Hadamard matrix at run time
 
 Records nest: the values of a Sparse24 and the factors of a LowRank may be records (2:4 with 4-bit values, say). The
@@ -46,6 +48,7 @@ from refllm.kernels.packed.binary import BinaryBlocks
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
 from refllm.kernels.packed.inputs import OutlierInputs, PairInputs, StaticInputs, TokenInputs
+from refllm.kernels.packed.kept import PatternInputs, ThresholdInputs
 from refllm.kernels.packed.lengths import SparkWeight
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight, MinWeight, MixedRows
 from refllm.kernels.packed.rotated import Rotated
@@ -65,6 +68,7 @@ __all__ = [
     "MixedRows",
     "OutlierInputs",
     "PairInputs",
+    "PatternInputs",
     "Plain",
     "Record",
     "Reordered",
@@ -76,6 +80,7 @@ __all__ = [
     "StaticInputs",
     "Sum",
     "TableRows",
+    "ThresholdInputs",
     "TokenInputs",
     "TwoLevel",
     "VectorWeight",
@@ -108,6 +113,8 @@ Record = (
     | StaticInputs
     | PairInputs
     | OutlierInputs
+    | ThresholdInputs
+    | PatternInputs
     | Rotated
     | TwoLevel
     | BinaryBlocks

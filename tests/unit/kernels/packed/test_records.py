@@ -23,6 +23,7 @@ from refllm.kernels.packed.records import (
     MixedRows,
     OutlierInputs,
     PairInputs,
+    PatternInputs,
     Reordered,
     Rotated,
     SparkWeight,
@@ -32,6 +33,7 @@ from refllm.kernels.packed.records import (
     StaticInputs,
     Sum,
     TableRows,
+    ThresholdInputs,
     TokenInputs,
     TwoLevel,
     VectorWeight,
@@ -119,6 +121,8 @@ def one_of_each_with_rounded_inputs():
         "token inputs": TokenInputs(weight, "e4m3"),
         "static inputs": StaticInputs(weight, scale, zero_point, 8),
         "pair inputs": PairInputs(weight, scale),
+        "threshold inputs": ThresholdInputs(weight, scale),
+        "pattern inputs": PatternInputs(weight, np.abs(W[:1]), 2, 4, 2),
         "outlier inputs": OutlierInputs(weight, np.int32([3, 9]), W[:, :2].astype(np.float16), 6.0),
     }
 
