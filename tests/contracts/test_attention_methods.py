@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import refllm
 from refllm.kernels.attention import attend
 from refllm.methods import attention
+from refllm.methods.apply import compress
 from refllm.model.cache import new_cache
 from refllm.model.llama import forward
+from refllm.model.native import save_native
 from tests.models import random_model
 
 # What an approximate method may differ from attend by, relative to the largest |v|, beyond rounding; 0 for exact ones.
@@ -130,3 +133,15 @@ def test_a_model_runs_on_it(name, architecture):
     chunks = (ids[:, :10], ids[:, 10:22], *np.split(ids[:, 22:], 3, axis=1))
     logits = np.concatenate([forward(model, chunk, cache=cache, attend=method) for chunk in chunks], axis=1)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=close)
+
+
+@ALL
+def test_a_stored_model_runs_on_it(name, tmp_path):
+    """Behind a stage that packs, with knobs in the recipe; what is loaded gives the same logits."""
+    ids = np.random.default_rng(2).integers(0, 64, 12)
+    knobs = ",".join(f"{key}={value}" for key, value in KNOBS[name].items())
+    small = compress(random_model("llama"), f"rtn:bits=8,group=-1+{name}" + (f":{knobs}" if knobs else ""))
+    save_native(small, tmp_path / "small")
+    again = refllm.load(tmp_path / "small")
+    assert again.runtime.attend.func is getattr(attention, name) and again.runtime.attend.keywords == KNOBS[name]
+    np.testing.assert_array_equal(forward(again, ids), forward(small, ids))
