@@ -4,10 +4,10 @@
     prefill       many tokens to the hidden states, which `llama.head` makes logits of
 
 `compiled_for(model, cache)` gives both, or None where the readable forward pass has to do it: weights in float64 or
-without a kernel, latent attention or experts, a method's own attention or cache, a batch, REFLLM_KERNELS=numpy. Both
-give the same numbers up to the rounding of float32 sums. With rounded activations these sums are taken in the same
-steps and all others in float64, so both give the same bits but where a float64 sum in another order rounds to another
-float32.
+without a kernel, branches that are built otherwise than a Llama's, a method's own attention or cache, a batch,
+REFLLM_KERNELS=numpy. Both give the same numbers up to the rounding of float32 sums. With rounded activations these sums
+are taken in the same steps and all others in float64, so both give the same bits but where a float64 sum in another
+order rounds to another float32.
 """
 
 import numpy as np

@@ -2,7 +2,8 @@
 
 The fields are the union of what Llama 1-3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3, DeepSeek-V2 and V3 need; an
 architecture is a set of values, not a subclass. Branches that are built otherwise than a Llama's bring a dataclass of
-their own: `Latent`, `Experts`. `formats` hands over raw dictionaries, `model/load.py` turns them into this.
+their own: `Latent`, `Factored`, `LowRankKV`, `Experts`. `formats` hands over raw dictionaries, `model/load.py` turns
+them into this.
 """
 
 from dataclasses import dataclass, field
@@ -38,6 +39,33 @@ class Latent:
         _check_counts(self, "kv_rank", "nope_dim", "rope_dim", "value_dim", *own)
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim must be even for the rotary embedding, got {self.rope_dim}")
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Multi-matrix factorization attention (`refllm.model.mfa`): one wide key-value head, factored queries."""
+
+    query_rank: int  # what all query heads share before their own matrices
+    query_norm: bool = False  # an RMSNorm over it
+    reuse_keys: bool = False  # values are made from keys, which alone are cached (MFA-KR)
+
+    def __post_init__(self):
+        _check_counts(self, "query_rank")
+
+
+@dataclass(frozen=True)
+class LowRankKV:
+    """Keys and values as latents of low rank (`refllm.model.palu`), one for each group of key-value heads."""
+
+    groups: int
+    key_ranks: tuple[int, ...]  # of one group, layer by layer
+    value_ranks: tuple[int, ...]
+
+    def __post_init__(self):
+        _check_counts(self, "groups")
+        for rank in (*self.key_ranks, *self.value_ranks):
+            if type(rank) is not int or rank <= 0:
+                raise ValueError(f"ranks of keys and values must be positive integers, got {rank!r}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +148,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     latent: Latent | None = None  # head_dim is then that of a query, num_kv_heads 1: the latent has no heads
     experts: Experts | None = None
+    factored: Factored | None = None
+    low_rank_kv: LowRankKV | None = None
 
     def __post_init__(self):
         _check_counts(self, *_COUNTS)
@@ -146,13 +176,30 @@ class ModelConfig:
                     f"latent attention has one key-value head and head_dim = nope_dim + rope_dim = {parts}, got "
                     f"{self.num_kv_heads} and {self.head_dim}"
                 )
+        if self.factored is not None and (self.num_kv_heads != 1 or self.qk_norm):
+            raise ValueError(f"factored attention has one key-value head and norms no keys, got {self.num_kv_heads}")
+        if (low := self.low_rank_kv) is not None:
+            if self.num_kv_heads % low.groups:
+                raise ValueError(f"{self.num_kv_heads} key-value heads do not form {low.groups} groups of one size")
+            if not len(low.key_ranks) == len(low.value_ranks) == self.num_layers:
+                given = f"{len(low.key_ranks)} and {len(low.value_ranks)}"
+                raise ValueError(
+                    f"ranks of keys and values are given for {given} layers, the model has {self.num_layers}"
+                )
+        if sum(part is not None for part in (self.latent, self.factored, self.low_rank_kv)) > 1:
+            raise ValueError("latent, factored and low_rank_kv attention exclude each other")
         if not self.norm_eps >= 0:
             raise ValueError(f"config norm_eps must not be negative, got {self.norm_eps!r}")
 
     @property
     def special(self) -> str | None:
         """What its layers have in place of the seven linears of a Llama layer; None: nothing."""
-        parts = {"latent attention": self.latent, "experts": self.experts}
+        parts = {
+            "latent attention": self.latent,
+            "factored attention": self.factored,
+            "low-rank keys and values": self.low_rank_kv,
+            "experts": self.experts,
+        }
         return " and ".join(name for name, part in parts.items() if part is not None) or None
 
     def has_experts(self, layer: int) -> bool:

@@ -48,6 +48,20 @@ def check_foldable(model: Model, purpose: str) -> None:
         )
 
 
+def rows_with_bias(weights: dict, name: str) -> np.ndarray:
+    """A projection as float64 [out, in + 1]: its bias, or zeros, is the last column."""
+    w = weights[f"{name}.weight"].astype(np.float64)
+    return np.column_stack([w, weights.get(f"{name}.bias", np.zeros(len(w)))])
+
+
+def store_rows(weights: dict, name: str, rows: np.ndarray) -> None:
+    """The inverse of `rows_with_bias`, of any number of rows (..., in + 1), in the type that was there."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    weights[f"{name}.weight"] = rows[:, :-1].astype(weights[f"{name}.weight"].dtype)
+    if f"{name}.bias" in weights:
+        weights[f"{name}.bias"] = rows[:, -1].astype(weights[f"{name}.bias"].dtype)
+
+
 def norm_readers(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     """The two norms of a layer that linears read: {name of the gain: names of the weights}."""
     prefix = f"model.layers.{layer}."

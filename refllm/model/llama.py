@@ -6,10 +6,11 @@
     logits = head(norm(x))
 
 What differs between architectures is data in ModelConfig; a branch that is built otherwise has a module of its own:
-mla.py (latent attention), moe.py (experts). Three arguments are the seams every later method uses: `cache` (what is
-kept of keys and values), `attend` (how they are read), `observe` (what calibration sees). Packed weights need none:
-`matmul`, and `rows` for the embedding, take either kind. Where none of the three is given, the compiled twin of this
-text (compiled.py) may run in its place. Lesson: lessons/01-forward-pass.md.
+mla.py (latent attention), mfa.py (factored queries), palu.py (low-rank keys and values), moe.py (experts). Three
+arguments are the seams every later method uses: `cache` (what is kept of keys and values), `attend` (how they are
+read), `observe` (what calibration sees). Packed weights need none: `matmul`, and `rows` for the embedding, take either
+kind. Where none of the three is given, the compiled twin of this text (compiled.py) may run in its place. Lesson:
+lessons/01-forward-pass.md.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from refllm.kernels import attention
 from refllm.kernels.nn import rms_norm
 from refllm.kernels.packed import matmul, rows
 from refllm.kernels.rope import cos_sin, rotate
-from refllm.model import mla, moe
+from refllm.model import mfa, mla, moe, palu
 from refllm.model.cache import KVCache
 from refllm.model.compiled import compiled_for
+from refllm.model.config import ModelConfig
 from refllm.model.linear import gated, linear
 from refllm.model.model import Model
 
@@ -165,8 +167,7 @@ def block(
     config, prefix = model.config, f"model.layers.{layer}."
     norm = lambda name, h: rms_norm(h, model.weights[prefix + name], config.norm_eps, config.norm_offset)
 
-    attention_of = attention_branch if config.latent is None else mla.attention_branch
-    h = attention_of(
+    h = _attention_of(config)(
         model, layer, norm("input_layernorm.weight", x), positions, store=store, attend=attend, observe=observe
     )
     if config.post_norms:  # Gemma normalises what each branch returns, too
@@ -178,6 +179,17 @@ def block(
     if config.post_norms:
         h = norm("post_feedforward_layernorm.weight", h)
     return x + h
+
+
+def _attention_of(config: ModelConfig) -> Callable:
+    """The attention branch of this architecture."""
+    if config.latent is not None:
+        return mla.attention_branch
+    if config.low_rank_kv is not None:
+        return palu.attention_branch
+    if config.factored is not None and config.factored.reuse_keys:
+        return mfa.attention_branch
+    return attention_branch
 
 
 def attention_branch(
@@ -196,7 +208,10 @@ def attention_branch(
     """
     config, prefix = model.config, f"model.layers.{layer}.self_attn."
     batch, tokens, _ = x.shape
-    q, k, v = linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
+    if config.factored is None:
+        q, k, v = linear(model, (prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"), x, observe)
+    else:
+        q, k, v = mfa.project(model, prefix, x, observe)
     heads = lambda y: y.reshape(batch, tokens, -1, config.head_dim).swapaxes(1, 2)  # (B, heads, T, D)
     q, k, v = heads(q), heads(k), heads(v)
     if config.qk_norm:  # before the rotation; v is never normed

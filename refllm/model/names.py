@@ -35,21 +35,33 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def linear_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int, bool]]:
     """The linears of a layer in the order in which they run: {name: (out, in, whether it has a bias)}."""
-    return _attention(config) | (
+    return _attention(config, layer) | (
         _experts(config)
         if config.has_experts(layer)
         else _gated("mlp", config.hidden_size, config.intermediate_size, config.mlp_bias)
     )
 
 
-def _attention(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
-    d, heads, bias = config.hidden_size, config.num_heads, config.attention_bias
-    if config.latent is None:
-        q, kv = heads * config.head_dim, config.num_kv_heads * config.head_dim
+def _attention(config: ModelConfig, layer: int) -> dict[str, tuple[int, int, bool]]:
+    d, heads, bias, D = config.hidden_size, config.num_heads, config.attention_bias, config.head_dim
+    q, kv = heads * D, config.num_kv_heads * D
+    if config.low_rank_kv is not None:
+        low = config.low_rank_kv
+        of_key, of_value = low.key_ranks[layer], low.value_ranks[layer]
+        shapes = {"q_proj": (q, d, bias), "k_proj": (low.groups * of_key, d, False)}
+        shapes["v_proj"] = (low.groups * of_value, d, False)
+        shapes |= {f"k_up_proj.{group}": (kv // low.groups, of_key, bias) for group in range(low.groups)}
+        shapes["o_proj"] = (d, heads * of_value, config.output_bias)
+    elif config.factored is not None:
+        rank, reuse = config.factored.query_rank, config.factored.reuse_keys
+        shapes = {"q_a_proj": (rank, d, False), "q_b_proj": (q, rank, bias), "k_proj": (kv, d, bias)}
+        shapes["v_proj"] = (kv, kv, False) if reuse else (kv, d, bias)
+        shapes["o_proj"] = (d, q, config.output_bias)
+    elif config.latent is None:
         shapes = {"q_proj": (q, d, bias), "k_proj": (kv, d, bias), "v_proj": (kv, d, bias)}
         shapes["o_proj"] = (d, q, config.output_bias)
     else:
-        latent, q = config.latent, heads * config.head_dim
+        latent = config.latent
         if latent.q_rank is None:
             shapes = {"q_proj": (q, d, False)}
         else:
@@ -76,7 +88,7 @@ def _experts(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
 
 
 def _other_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Norms, and the router of experts."""
+    """Norms, the gains of reused keys, and the router of experts."""
     d = config.hidden_size
     norms = {"input_layernorm": d, "post_attention_layernorm": d}
     if config.post_norms:
@@ -87,6 +99,10 @@ def _other_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
         norms["self_attn.kv_a_layernorm"] = config.latent.kv_rank
         if config.latent.q_rank is not None:
             norms["self_attn.q_a_layernorm"] = config.latent.q_rank
+    if config.factored is not None and config.factored.query_norm:
+        norms["self_attn.q_a_layernorm"] = config.factored.query_rank
+    if config.factored is not None and config.factored.reuse_keys:
+        norms["self_attn.v_gate"] = config.head_dim
     others: dict[str, tuple[int, ...]] = {f"{name}.weight": (width,) for name, width in norms.items()}
     if config.has_experts(layer):
         others[ROUTER] = (config.experts.count, d)

@@ -19,12 +19,18 @@ from refllm.formats.tensors import StoredTensor, read_safetensors, write_safeten
 from refllm.formats.tokenizer import load_tokenizer
 from refllm.kernels.packed.records import from_parts, meta, parts
 from refllm.kernels.rope import Rope
-from refllm.model.config import Experts, Latent, ModelConfig
+from refllm.model.config import Experts, Factored, Latent, LowRankKV, ModelConfig
 from refllm.model.model import Model
 from refllm.model.names import check_weights, expected_shapes
 
 FORMAT = "refllm/1"
-_PARTS = {"latent": Latent, "experts": Experts}  # fields of the config that are objects of their own
+# Fields of the config that are objects of their own.
+_PARTS = {
+    "latent": Latent,
+    "experts": Experts,
+    "factored": Factored,
+    "low_rank_kv": LowRankKV,
+}
 _KEYS = {"format": str, "name": str, "recipe": str, "config": dict, "weights": dict}
 
 
@@ -123,7 +129,7 @@ def _config(fields: dict, path: Path) -> ModelConfig:
     try:
         rope = lambda key: Rope(**_tuples(dict(fields[key])))
         local = None if fields.get("rope_local") is None else rope("rope_local")
-        parts = {name: kind(**fields[name]) for name, kind in _PARTS.items() if fields.get(name) is not None}
+        parts = {name: kind(**_tuples(fields[name])) for name, kind in _PARTS.items() if fields.get(name) is not None}
         return ModelConfig(**{**_tuples(fields), "rope": rope("rope"), "rope_local": local, **parts})
     except (TypeError, ValueError, KeyError) as error:
         raise FormatError(f"bad config: {error}", path=path) from error

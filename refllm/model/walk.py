@@ -38,7 +38,10 @@ def layer_linears(layer: int, config: ModelConfig | None = None) -> tuple[str, .
 
 def first_layer(model: Model) -> Model:
     """The model cut down to its first layer, to try something out."""
-    config = replace(model.config, num_layers=1, sliding_layers=model.config.sliding_layers[:1])
+    low = model.config.low_rank_kv
+    if low is not None:
+        low = replace(low, key_ranks=low.key_ranks[:1], value_ranks=low.value_ranks[:1])
+    config = replace(model.config, num_layers=1, sliding_layers=model.config.sliding_layers[:1], low_rank_kv=low)
     others = re.compile(r"model\.layers\.(?!0\.)")
     return replace(model, config=config, weights={n: w for n, w in model.weights.items() if not others.match(n)})
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from refllm.model.equivalent import check_foldable
+from refllm.model.equivalent import check_foldable, rows_with_bias, store_rows
 from refllm.model.model import Model
 
 INITS = ("mean", "first", "aligned")
@@ -73,35 +73,24 @@ def gqa(model: Model, ids=None, *, on_report=None, kv_heads: int | None = None, 
     share = config.num_heads // before
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}.self_attn."
-        k, v = (_rows(weights, f"{prefix}{name}_proj").reshape(after, -1, D, config.hidden_size + 1) for name in "kv")
+        k, v = (
+            rows_with_bias(weights, f"{prefix}{name}_proj").reshape(after, -1, D, config.hidden_size + 1)
+            for name in "kv"
+        )
         if init == "aligned":
             angles, turns = align_keys(k), align_values(v)
             k, v = turned_pairs(k, angles), turns @ v
-            q = _rows(weights, f"{prefix}q_proj").reshape(before, share, D, -1)
+            q = rows_with_bias(weights, f"{prefix}q_proj").reshape(before, share, D, -1)
             q = turned_pairs(q, angles.reshape(before, 1, D // 2))
-            _store(weights, f"{prefix}q_proj", q)
+            store_rows(weights, f"{prefix}q_proj", q)
             o = weights[f"{prefix}o_proj.weight"]
             columns = o.astype(np.float64).reshape(len(o), before, share, D)
             columns = np.einsum("ohsd,hed->ohse", columns, turns.reshape(before, D, D))
             weights[f"{prefix}o_proj.weight"] = columns.reshape(o.shape).astype(o.dtype)
         pooled = (lambda x: x[:, 0]) if init == "first" else (lambda x: x.mean(axis=1))
-        _store(weights, f"{prefix}k_proj", pooled(k))
-        _store(weights, f"{prefix}v_proj", pooled(v))
+        store_rows(weights, f"{prefix}k_proj", pooled(k))
+        store_rows(weights, f"{prefix}v_proj", pooled(v))
     return replace(model, config=replace(config, num_kv_heads=after), weights=weights)
-
-
-def _rows(weights: dict, name: str) -> np.ndarray:
-    """A projection, float64 [out, in + 1], its bias (or zeros) as the last column."""
-    w = weights[f"{name}.weight"].astype(np.float64)
-    return np.column_stack([w, weights.get(f"{name}.bias", np.zeros(len(w)))])
-
-
-def _store(weights: dict, name: str, rows: np.ndarray) -> None:
-    """The inverse of `_rows`, in the type that was there."""
-    rows = rows.reshape(-1, rows.shape[-1])
-    weights[f"{name}.weight"] = rows[:, :-1].astype(weights[f"{name}.weight"].dtype)
-    if f"{name}.bias" in weights:
-        weights[f"{name}.bias"] = rows[:, -1].astype(weights[f"{name}.bias"].dtype)
 
 
 def turned_pairs(rows: np.ndarray, angles: np.ndarray) -> np.ndarray:
