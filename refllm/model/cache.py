@@ -6,6 +6,8 @@ A cache is one *store* per layer. A store is any object with
     truncate(length)                                            forget every token at position >= length
     nbytes                                                      bytes of everything it keeps
     pre_rope                                                    True: keys come unrotated, the caller rotates the result
+    join(stores)                                                optional: called once, with the stores of all layers,
+                                                                for those that share what they keep
     rollback                                                    optional: tokens of its own that a call may take back
     prompt_length                                               optional: tokens of a prompt that comes in several calls
     endless                                                     optional: True if it needs no positions beyond its size
@@ -15,8 +17,8 @@ A cache is one *store* per layer. A store is any object with
 
 with k, v : (B, Hk, T, D), positions : (T,), queries : (B, H, T, D), K, V : (B, Hk, S, D), key_positions : (S,),
 (Hk, S) or (B, Hk, S). `policy(layer) -> store` is the seam of the KV methods. Positions are explicit, so a store that
-evicts or merges tokens moves nothing else; `refllm.model.stores` has what such stores share. Lesson:
-lessons/02-prefill-decode-cache.md.
+evicts or merges tokens moves nothing else; `refllm.model.stores` has what such stores share. Layers extend their stores
+in their order. Lesson: lessons/02-prefill-decode-cache.md.
 """
 
 from collections.abc import Callable
@@ -117,6 +119,9 @@ class KVCache:
     def __init__(self, num_layers: int, context_length: int, policy: Callable | None = None):
         self.stores = [DenseStore() if policy is None else policy(layer) for layer in range(num_layers)]
         self.context_length = inf if all(getattr(s, "endless", False) for s in self.stores) else context_length
+        for store in self.stores:
+            if hasattr(store, "join"):
+                store.join(self.stores)
         self.length = 0
         self.batch = None
         self.compiled = None

@@ -67,16 +67,17 @@ def attention_branch(
         k_r = turn(k_r, *angles(key_positions))
 
     attend = attend or model.runtime.attend or attention.attend
-    reach = (positions, key_positions.reshape(-1))  # one key-value head: what it keeps, all query heads see
     how = dict(scale=config.score_scale, window=config.window(layer), softcap=config.attention_softcap)
     naive, absorbed = multiply_adds(latent, config.num_heads, tokens, c.shape[2])
     if observe is not None or naive <= absorbed:  # calibration is to see the input of kv_b_proj
         kv = linear(model, (prefix + "kv_b_proj",), c[:, 0], observe)[0]
-        out = attend_naive(latent, q_n, q_r, kv, k_r, lambda *qkv: attend(*qkv, *reach, **how))
+        if key_positions.ndim > 1:  # kept head by head; there is one, and all heads that are made see the same
+            key_positions = np.repeat(key_positions, config.num_heads, axis=-2)
+        out = attend_naive(latent, q_n, q_r, kv, k_r, lambda *qkv: attend(*qkv, positions, key_positions, **how))
     else:
         up = model.weights[prefix + "kv_b_proj.weight"]
         up = up.dense().astype(x.dtype) if is_record(up) else up
-        out = attend_absorbed(latent, q_n, q_r, c, k_r, up, lambda *qkv: attend(*qkv, *reach, **how))
+        out = attend_absorbed(latent, q_n, q_r, c, k_r, up, lambda *qkv: attend(*qkv, positions, key_positions, **how))
     out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H * value_dim)
     return linear(model, (prefix + "o_proj",), out, observe)[0]
 

@@ -46,8 +46,8 @@ def attention_branch(
     if store is not None:
         of_key, of_value, key_positions = store.extend(of_key, of_value, positions, q)
     share = config.num_kv_heads // groups
-    if key_positions.ndim == 2:  # kept group by group: every head of a group sees the same
-        key_positions = np.repeat(key_positions, share, axis=0)
+    if key_positions.ndim > 1:  # kept group by group: every head of a group sees the same
+        key_positions = np.repeat(key_positions, share, axis=-2)
     rebuilt = [linear(model, (f"{prefix}k_up_proj.{g}",), of_key[:, g], observe)[0] for g in range(groups)]
     k = np.concatenate([split(y, share) for y in rebuilt], axis=1)  # (B, Hk, S, D)
     k = rotate(normed(k, "k_norm") if config.qk_norm else k, *angles(key_positions))

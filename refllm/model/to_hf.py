@@ -92,6 +92,8 @@ def hf_config(config: ModelConfig) -> dict:
         The config has something this architecture's config.json cannot say.
     """
     architecture = config.architecture
+    if config.factored is not None or config.low_rank_kv is not None:
+        raise ValueError(f"config.json of {architecture} cannot say {config.special}; native can")
     if architecture == "llama" and config.sliding_layers:
         architecture = "mistral"  # GGUF calls both llama
     name = next(name for name, known in ARCHITECTURES.items() if known == architecture)

@@ -22,6 +22,8 @@ COMPRESSING = {
     "razor": dict(heads="0.1/1.0", sinks=2, recent=5),
     "freekv": dict(page=4, sinks=2, recent=8, budget=8, skip_layers=0),
     "pqcache": dict(ratio=0.5, sinks=2, bits=2),
+    "minicache": dict(block=8, gamma=0.0),
+    "cla": dict(),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -31,16 +33,52 @@ KEEPING = {
     "razor": dict(heads="none"),
     "freekv": dict(skip_layers=0),
     "pqcache": dict(),
+    "minicache": dict(block=64, gamma=1.0),
+    "cla": dict(share=1),
 }
-# Methods that return other numbers than they were given: codes, means.
-LOSSY = {"kivi", "razor"}
+CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
+# Methods that return other numbers than they were given: codes, means, another layer's.
+LOSSY = {"kivi", "razor", "minicache", "cla"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)
 
 
+class Pair:
+    """Two layers that share what they keep, as one store: other numbers go to the first, results are the second's."""
+
+    layers, pre_rope = 2, False
+
+    def __init__(self, make):
+        self.stores = [make(layer) for layer in range(2)]
+        for store in self.stores:
+            if hasattr(store, "join"):
+                store.join(self.stores)
+        if all(hasattr(store, "rollback") for store in self.stores):
+            self.rollback = 0
+
+    def extend(self, k, v, positions, queries):
+        if hasattr(self, "rollback"):
+            for store in self.stores:
+                store.rollback = self.rollback
+        self.stores[0].extend(k[..., ::-1] + k.dtype.type(0.25), v[..., ::-1] + v.dtype.type(0.25), positions, queries)
+        return self.stores[1].extend(k, v, positions, queries)
+
+    def truncate(self, length):
+        for store in self.stores:
+            store.truncate(length)
+
+    def parts(self):
+        return {f"{i}.{name}": part for i, store in enumerate(self.stores) for name, part in store.parts().items()}
+
+    @property
+    def nbytes(self):
+        return sum(store.nbytes for store in self.stores)
+
+
 def store_of(name, knobs, prompt=None):
-    return with_prompt(getattr(kvcache, name)(0, **knobs[name]), prompt)
+    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name])
+    return with_prompt(Pair(make) if name in CROSS_LAYER else make(0), prompt)
 
 
 def tokens(count, seed=0, batch=2):
@@ -103,7 +141,7 @@ def test_compressing_is_smaller_and_counts_what_it_stores(name):
         feed(store, inputs, (7, 8, 31))
         assert store.nbytes == sum(part.nbytes for part in store.parts().values())
         device = getattr(store, "device_nbytes", store.nbytes)
-        dense = inputs[0].nbytes + inputs[1].nbytes
+        dense = getattr(store, "layers", 1) * (inputs[0].nbytes + inputs[1].nbytes)
         assert device <= store.nbytes and (device < dense) == (knobs is COMPRESSING)
 
 
