@@ -10,7 +10,7 @@ keys is linear and the weights of attention are numbers, so it acts on what atte
 once a cached token: sum_j p_j (k_j + alpha * (k_j N^T)) = u + alpha * (u N^T) with u = sum_j p_j k_j.
 
 Hu et al. 2024, "Multi-matrix Factorization Attention", arXiv:2412.19255, section 3. `transform/mfa` makes such a layer
-of an existing one. Lesson: lessons/20-latent-caches.md.
+of an existing one. Lesson: lessons/26-latent-caches.md.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ store of the cache as keys k_r (B, 1, S, rope_dim) and values c (B, 1, S, r). Wh
 part of the scores that carries the position.
 
 DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437. Lesson:
-lessons/20-latent-caches.md.
+lessons/26-latent-caches.md.
 """
 
 from collections.abc import Callable

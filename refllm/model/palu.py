@@ -8,7 +8,7 @@ R are the k_proj and v_proj of such a model, L_k its k_up_proj, one a group. Hea
 group, so attention mixes latents, and o_proj takes H * r_v inputs. `transform/palu` makes such a model. What ranks keys
 by queries in the cache cannot: queries meet keys that are rebuilt after it.
 
-Chang et al. 2024, "Palu", arXiv:2407.21118, section 3. Lesson: lessons/20-latent-caches.md.
+Chang et al. 2024, "Palu", arXiv:2407.21118, section 3. Lesson: lessons/26-latent-caches.md.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ Differs from it: the paper trains such models from scratch; making one from a tr
 below full width and rank. N is fitted here and starts at 0 there.
 Stage: memory, decode
 Inventory: 42
-Lesson: lessons/20-latent-caches.md
+Lesson: lessons/26-latent-caches.md
 Golden: transform/mfa
 Baseline: none, exact at full width and rank
 """

@@ -16,7 +16,7 @@ width after rounding to blocks; a singular X^T X gets a millionth of its mean di
 latents is left to a cache method, for which `hadamard` spreads them evenly.
 Stage: memory, decode
 Inventory: 40
-Lesson: lessons/20-latent-caches.md
+Lesson: lessons/26-latent-caches.md
 Golden: transform/palu
 Baseline: search=uniform
 """
@@ -119,20 +119,30 @@ def palu(
             weights[f"{prefix}k_up_proj.{g}.weight"] = L.astype(dtype)
             if config.attention_bias:
                 weights[f"{prefix}k_up_proj.{g}.bias"] = key_bias[g].astype(dtype)
-        _into_output(weights, prefix, config, np.concatenate(of_values), value_bias.reshape(-1))
+        fold_values(weights, prefix, config.num_heads, heads, np.concatenate(of_values), value_bias.reshape(-1))
     if config.attention_bias:
         config = replace(config, output_bias=True)
     return replace(model, config=config, weights=weights)
 
 
-def _into_output(weights: dict, prefix: str, config, L: np.ndarray, bias: np.ndarray) -> None:
-    """L_v [Hk D, r] and the bias of v multiplied into o, once for every query head that reads the key-value head."""
-    o, D, heads = weights[f"{prefix}o_proj.weight"], config.head_dim, config.num_kv_heads
-    columns = o.astype(np.float64).reshape(len(o), heads, config.num_heads // heads, D)
-    folded = np.einsum("ohsd,hdr->ohsr", columns, L.reshape(heads, D, -1))
+def fold_values(weights: dict, prefix: str, heads: int, kv_heads: int, L: np.ndarray, bias: np.ndarray) -> None:
+    """L_v and the bias of v multiplied into o, once for every query head that reads the key-value head.
+
+    Parameters
+    ----------
+    weights : dict
+        o_proj is replaced; v_proj.bias, where there is one, becomes a part of o_proj.bias.
+    prefix : str
+        Of the names.
+    L : (kv_heads * D, r) float64
+    bias : (kv_heads * D,)
+    """
+    o = weights[f"{prefix}o_proj.weight"]
+    columns = o.astype(np.float64).reshape(len(o), kv_heads, heads // kv_heads, -1)
+    folded = np.einsum("ohsd,hdr->ohsr", columns, L.reshape(kv_heads, -1, L.shape[1]))
     weights[f"{prefix}o_proj.weight"] = folded.reshape(len(o), -1).astype(o.dtype)
     if weights.pop(f"{prefix}v_proj.bias", None) is not None:
-        added = np.einsum("ohsd,hd->o", columns, bias.reshape(heads, D))
+        added = np.einsum("ohsd,hd->o", columns, bias.reshape(kv_heads, -1))
         before = weights.get(f"{prefix}o_proj.bias", np.zeros(len(o)))
         weights[f"{prefix}o_proj.bias"] = (before + added).astype(o.dtype)
 
