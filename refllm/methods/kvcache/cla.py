@@ -12,6 +12,7 @@ Differs from it: no training, so weights of k and v that nobody reads are still 
 Stage: memory, decode
 Inventory: none, a background method of the layer dimension
 Lesson: lessons/19-five-dimensions.md
+Golden: kvcache/cla
 Baseline: none, share = 1 is the plain cache
 """
 
