@@ -5,8 +5,8 @@
     o = sum over heads of (W_o,h L_v) (p_h z_v)        values are never rebuilt: L_v has been multiplied into W_o
 
 R are the k_proj and v_proj of such a model, L_k its k_up_proj, one a group. Head h of a group reads the latent of the
-group, so attention mixes latents, and o_proj takes H * r_v inputs. `transform/palu` makes such a model. What ranks keys
-by queries in the cache cannot: queries meet keys that are rebuilt after it.
+group, so attention mixes latents, and o_proj takes H * r_v inputs. `transform/palu` makes such a model. A store that
+ranks tokens by queries gets L_k^T q: scores with its latents are those of queries and keys before RoPE.
 
 Chang et al. 2024, "Palu", arXiv:2407.21118, section 3. Lesson: lessons/26-latent-caches.md.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from refllm.kernels import attention
 from refllm.kernels.nn import rms_norm
+from refllm.kernels.packed.base import is_record
 from refllm.kernels.rope import cos_sin, rotate
 from refllm.model.linear import linear
 from refllm.model.model import Model
@@ -41,10 +42,10 @@ def attention_branch(
     q = split(q, config.num_heads)
     of_key, of_value = split(of_key, groups), split(of_value, groups)  # (B, G, T, r)
     angles = lambda at: cos_sin(config.layer_rope(layer), config.head_dim, at, x.dtype)
-    q = rotate(normed(q, "q_norm") if config.qk_norm else q, *angles(positions))
+    q = normed(q, "q_norm") if config.qk_norm else q
     key_positions = positions
     if store is not None:
-        of_key, of_value, key_positions = store.extend(of_key, of_value, positions, q)
+        of_key, of_value, key_positions = store.extend(of_key, of_value, positions, _in_latents(model, prefix, q))
     share = config.num_kv_heads // groups
     if key_positions.ndim > 1:  # kept group by group: every head of a group sees the same
         key_positions = np.repeat(key_positions, share, axis=-2)
@@ -52,8 +53,17 @@ def attention_branch(
     k = np.concatenate([split(y, share) for y in rebuilt], axis=1)  # (B, Hk, S, D)
     k = rotate(normed(k, "k_norm") if config.qk_norm else k, *angles(key_positions))
     out = (attend or model.runtime.attend or attention.attend)(
-        q, k, np.repeat(of_value, share, axis=1), positions, key_positions,
+        rotate(q, *angles(positions)), k, np.repeat(of_value, share, axis=1), positions, key_positions,
         scale=config.score_scale, window=config.window(layer), softcap=config.attention_softcap,
     )  # fmt: skip
     out = out.swapaxes(1, 2).reshape(batch, tokens, -1)  # (B, T, H * r)
     return linear(model, (prefix + "o_proj",), out, observe)[0]
+
+
+def _in_latents(model: Model, prefix: str, q: np.ndarray) -> np.ndarray:
+    """Queries (B, H, T, D), not rotated, as they meet latents: (B, H, T, r)."""
+    config = model.config
+    up = [model.weights[f"{prefix}k_up_proj.{g}.weight"] for g in range(config.low_rank_kv.groups)]
+    up = np.concatenate([w.dense() if is_record(w) else w for w in up]).astype(q.dtype)  # (Hk * D, r)
+    up = up.reshape(config.num_kv_heads, config.head_dim, -1)
+    return q @ np.repeat(up, config.num_heads // config.num_kv_heads, axis=0)

@@ -119,6 +119,26 @@ def test_decode_equals_prefill_through_any_store(architecture, policy):
     assert np.abs(np.concatenate(parts) - forward(model, IDS[:40])).max() < 1e-10
 
 
+def test_what_ranks_tokens_gets_queries_that_meet_latents():
+    model = random_model("llama", np.float64, num_heads=8, num_kv_heads=4)
+    small = palu(model, IDS, ratio=0.375, group_heads=2, **UNIFORM)
+    x, seen, prefix = np.random.default_rng(1).normal(size=(1, 5, 32)), [], "model.layers.0.self_attn."
+
+    class Spy(DenseStore):
+        def extend(self, k, v, positions, queries=None):
+            seen.extend([k, queries])
+            return super().extend(k, v, positions)
+
+    attention_branch(small, 0, x, np.arange(5), store=Spy())
+    z, ranked = seen
+    assert z.shape == (1, 2, 5, 6) and ranked.shape == (1, 8, 5, 6)
+    dense = np.concatenate([small.weights[f"{prefix}k_up_proj.{g}.weight"] @ z[0, g].T for g in range(2)])
+    q = (x[0] @ model.weights[f"{prefix}q_proj.weight"].T).reshape(5, 8, 8).swapaxes(0, 1)
+    for h in range(8):
+        keys = dense.reshape(4, 8, 5)[h // 2]
+        np.testing.assert_allclose(ranked[0, h] @ z[0, h // 4].T, q[h] @ keys, atol=1e-10)
+
+
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 def test_cache_bytes_follow_the_ranks(ratio):
     model = random_model("llama", num_heads=8, num_kv_heads=4)
