@@ -48,7 +48,7 @@ def to_gguf(model: Model, path: str | os.PathLike, type_name: str | None = "F32"
     """
     config = model.config
     if config.special:
-        raise ValueError(f"GGUF files of {config.architecture} ({config.special}) are not written; native and F32 can")
+        raise ValueError(f"GGUF files of {config.architecture} ({config.special}) are not written; native can")
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     names = _gguf_names(config)
     tensors, others = {}, {}

@@ -205,11 +205,14 @@ class MiniStore:
 def _merge_due(shallow: MiniStore, deep: MiniStore, length: int) -> None:
     """Merge whole blocks among the first `length` tokens, which both layers have seen."""
     block = deep.block
+    for a, b in zip(shallow._tails, deep._tails, strict=True):  # said at the first call, not when a block is full
+        if a is not None and b is not None and (a.shape[:-2], a.shape[-1]) != (b.shape[:-2], b.shape[-1]):
+            raise ValueError(
+                f"minicache merges layers of one shape, got {a.shape} and {b.shape} (after palu: use search=uniform)"
+            )
     for _ in range((min(length, shallow.length, deep.length) - deep._merged_tokens()) // block):
         for side in (0, 1):
             a, b = shallow._tails[side], deep._tails[side]
-            if a.shape != b.shape:
-                raise ValueError(f"minicache merges layers of one shape, got {a.shape} and {b.shape}")
             new = merge(a[..., :block, :], b[..., :block, :], deep.t, deep.gamma, deep.rule)
             before = deep.merged[side]
             deep.merged[side] = new if before is None else before.followed_by(new)

@@ -16,8 +16,10 @@ from refllm.kernels.packed.records import IntWeight
 from refllm.kernels.rope import cos_sin, rotate_interleaved
 from refllm.methods.kvcache.kivi import kivi
 from refllm.model.cache import DenseStore, new_cache
+from refllm.model.compiled import compiled_for
 from refllm.model.config import Latent
 from refllm.model.convert import save
+from refllm.model.fisher import fisher_diagonal
 from refllm.model.from_hf import parse_config
 from refllm.model.llama import forward
 from refllm.model.mla import attend_absorbed, attend_naive, attention_branch, multiply_adds
@@ -324,3 +326,11 @@ def test_gguf_says_no(tmp_path):
 def test_heads_that_contradict_the_latent(changes):
     with pytest.raises(ValueError, match=r"one key-value head and head_dim = nope_dim \+ rope_dim = 14"):
         random_config("deepseek_v3", **changes)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+def test_gradients_and_compiled_passes_leave_it_to_the_readable_pass(architecture):
+    model = random_model(architecture)
+    assert compiled_for(model, new_cache(model), 1) is None
+    with pytest.raises(ValueError, match=r"training knows plain Llama only; .* latent attention and experts"):
+        fisher_diagonal(model, IDS, [layer_linears(0, model.config)[0]])

@@ -21,6 +21,8 @@ from refllm.model.convert import save
 from refllm.model.llama import forward
 from refllm.model.mfa import attention_branch
 from refllm.model.names import expected_shapes
+from refllm.model.to_gguf import to_gguf
+from refllm.model.to_hf import to_hf
 from refllm.model.walk import layer_linears, walk
 from tests.models import random_config, random_model
 
@@ -220,3 +222,13 @@ def test_calibration_sees_every_linear():
         model = factored_model(np.float32, reuse_keys=reuse)
         for layer, stats in walk(model, IDS):
             assert set(stats) == set(layer_linears(layer, model.config))
+
+
+def test_formats_that_cannot_say_it(tmp_path):
+    small = mfa(random_model())
+    with pytest.raises(ValueError, match=r"config\.json of llama cannot say factored attention; native can"):
+        to_hf(small, tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"factored attention. are not written; native"):
+        to_gguf(small, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="seven linears of a Llama layer"):
+        refllm.compress(small, "mfa", IDS)

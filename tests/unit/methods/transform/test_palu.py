@@ -19,6 +19,8 @@ from refllm.model.config import LowRankKV
 from refllm.model.convert import save
 from refllm.model.llama import block, forward
 from refllm.model.palu import attention_branch
+from refllm.model.to_gguf import to_gguf
+from refllm.model.to_hf import to_hf
 from refllm.model.walk import layer_linears, walk
 from tests.models import random_config, random_model
 
@@ -259,3 +261,13 @@ def test_before_weight_and_cache_methods_in_a_recipe(tmp_path):
         logits = np.concatenate([forward(m, part, cache=cache) for part in (IDS[:80], IDS[80:])])
         sizes.append(cache.nbytes)
     assert np.isfinite(logits).all() and sizes[0] < sizes[1] / 3
+
+
+def test_formats_that_cannot_say_it(tmp_path):
+    small = palu(random_model(), IDS)
+    with pytest.raises(ValueError, match=r"config\.json of llama cannot say low-rank keys and values; native can"):
+        to_hf(small, tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"low-rank keys and values. are not written; native"):
+        to_gguf(small, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="seven linears of a Llama layer"):
+        refllm.compress(small, "palu", IDS)
