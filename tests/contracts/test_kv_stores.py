@@ -24,6 +24,8 @@ COMPRESSING = {
     "pqcache": dict(ratio=0.5, sinks=2, bits=2),
     "minicache": dict(block=8, gamma=0.0),
     "cla": dict(),
+    "qserve": dict(),
+    "llmqat": dict(bits=3, recent=5),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -35,10 +37,12 @@ KEEPING = {
     "pqcache": dict(),
     "minicache": dict(block=64, gamma=1.0),
     "cla": dict(share=1),
+    "qserve": dict(recent=128),
+    "llmqat": dict(recent=128),
 }
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)

@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from refllm.evaluate.golden import own_attention, own_checkpoints, own_latents, own_outliers, own_sequence
+from refllm.evaluate.golden import (
+    own_attention,
+    own_checkpoints,
+    own_kv_codes,
+    own_latents,
+    own_outliers,
+    own_sequence,
+)
 
 
 def implementation(op: str, params: dict, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -574,6 +581,7 @@ _OPS = {
     "formats.nvfp4.encode": _nvfp4_encode,
     **own_attention.OPS,
     **own_checkpoints.OPS,
+    **own_kv_codes.OPS,
     **own_latents.OPS,
     **own_outliers.OPS,
     **own_sequence.OPS,

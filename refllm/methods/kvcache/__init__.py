@@ -4,10 +4,24 @@ from refllm.methods.kvcache.cla import cla as cla
 from refllm.methods.kvcache.freekv import freekv as freekv
 from refllm.methods.kvcache.h2o import h2o as h2o
 from refllm.methods.kvcache.kivi import kivi as kivi
+from refllm.methods.kvcache.llmqat import llmqat as llmqat
 from refllm.methods.kvcache.minicache import minicache as minicache
 from refllm.methods.kvcache.pqcache import pqcache as pqcache
+from refllm.methods.kvcache.qserve import qserve as qserve
 from refllm.methods.kvcache.razor import razor as razor
 from refllm.methods.kvcache.snapkv import snapkv as snapkv
 from refllm.methods.kvcache.streaming import streaming as streaming
 
-__all__ = ["cla", "freekv", "h2o", "kivi", "minicache", "pqcache", "razor", "snapkv", "streaming"]
+__all__ = [
+    "cla",
+    "freekv",
+    "h2o",
+    "kivi",
+    "llmqat",
+    "minicache",
+    "pqcache",
+    "qserve",
+    "razor",
+    "snapkv",
+    "streaming",
+]

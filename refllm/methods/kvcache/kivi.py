@@ -26,6 +26,7 @@ import numpy as np
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.attention import attend
 from refllm.kernels.packed import backend
+from refllm.methods.kvcache._coded import Growing, check_order, split_axis
 
 _FLOAT16_MAX = 65504.0
 
@@ -94,7 +95,7 @@ class KiviStore:
         self._first = None  # shapes and types of the first call
         # Keys grow by blocks, (..., Hk, blocks, D, -), values and tokens in full by tokens, (..., Hk, tokens, -).
         self._k_packed, self._v_packed = (_Packed(self.bits, self.group_size, axis) for axis in (-3, -2))
-        self._k_full, self._v_full = _Growing(axis=-2), _Growing(axis=-2)
+        self._k_full, self._v_full = Growing(axis=-2), Growing(axis=-2)
 
     def extend(self, k, v, positions, queries=None):
         """Append T tokens; return keys and values of all S tokens as the attention of this call is to see them.
@@ -178,12 +179,7 @@ class KiviStore:
                 raise ValueError(f"kivi group_size {self.group_size} does not divide the {name} head_dim {x.shape[-1]}")
             if not (np.abs(x) <= self._limit).all():  # NaN compares false
                 raise ValueError(f"kivi stores float16 scales: {name}s must be finite and at most {self._limit:g}")
-        start = positions[0] if len(positions) else self.length
-        if start > self.length or not np.array_equal(positions, np.arange(start, start + k.shape[-2])):
-            raise ValueError(f"kivi keeps every token: positions must go on from {self.length}, got {positions}")
-        layout = [(x.shape[:-2], x.shape[-1], x.dtype.name) for x in (k, v)]
-        if start > 0 and layout != self._first:
-            raise ValueError(f"keys and values must stay as in the first call, {self._first}, got {layout}")
+        start, layout = check_order("kivi", self.length, self._first, k, v, positions)
         self.truncate(start)
         self._first = layout
 
@@ -193,12 +189,12 @@ class KiviStore:
         blocks = length // R - self._k_packed.count
         if blocks > 0:
             k = self._k_full.view[..., : blocks * R, :]
-            by_channel = _split_axis(k, -2, R).swapaxes(-1, -2)  # (..., Hk, blocks, D, R)
-            self._k_packed.append(_split_axis(by_channel, -1, G))
+            by_channel = split_axis(k, -2, R).swapaxes(-1, -2)  # (..., Hk, blocks, D, R)
+            self._k_packed.append(split_axis(by_channel, -1, G))
             self._k_full.drop(blocks * R)
         tokens = length - R - self._v_packed.count
         if tokens > 0:
-            self._v_packed.append(_split_axis(self._v_full.view[..., :tokens, :], -1, G))
+            self._v_packed.append(split_axis(self._v_full.view[..., :tokens, :], -1, G))
             self._v_full.drop(tokens)
 
     def truncate(self, length: int) -> None:
@@ -252,7 +248,7 @@ class _Packed:
 
     def __init__(self, bits: int, group_size: int, axis: int):
         self.bits, self.group_size = bits, group_size
-        self.codes, self.scale, self.minimum = (_Growing(axis) for _ in range(3))
+        self.codes, self.scale, self.minimum = (Growing(axis) for _ in range(3))
 
     @property
     def count(self) -> int:
@@ -321,56 +317,3 @@ def dequantize_groups(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray,
     """
     scale, minimum = (np.asarray(a)[..., None].astype(dtype) for a in (scale, minimum))
     return codes.astype(dtype) * scale + minimum
-
-
-class _Growing:
-    """An array that grows at the end of one axis and is dropped from its front; appending costs amortised O(new)."""
-
-    def __init__(self, axis: int):
-        self.axis = axis
-        self.count = 0
-        self._start = 0
-        self._buffer = None
-
-    def _part(self, start: int, stop: int) -> np.ndarray:
-        return self._buffer[(..., slice(start, stop), *[slice(None)] * (-1 - self.axis))]
-
-    @property
-    def view(self) -> np.ndarray:
-        """The tokens held, without a copy."""
-        return self._part(self._start, self._start + self.count)
-
-    def append(self, x: np.ndarray) -> None:
-        """Add tokens at the end of the axis."""
-        new = x.shape[self.axis]
-        if self._buffer is None:
-            self._buffer = np.empty(x.shape, x.dtype)
-        if self._start + self.count + new > self._buffer.shape[self.axis]:
-            self._move(max(2 * self.count, self.count + new, 16))
-        end = self._start + self.count
-        self._part(end, end + new)[...] = x
-        self.count += new
-
-    def drop(self, n: int) -> None:
-        """Forget the first n."""
-        self._start += n
-        self.count -= n
-        if 4 * max(self.count, 16) < self._buffer.shape[self.axis]:  # a prompt has passed through: give its room back
-            self._move(2 * max(self.count, 16))
-
-    def cut(self, count: int) -> None:
-        """Forget all but the first `count`."""
-        self.count = min(self.count, count)
-
-    def _move(self, room: int) -> None:
-        old = self.view
-        shape = list(old.shape)
-        shape[self.axis] = room
-        self._buffer, self._start = np.empty(shape, old.dtype), 0
-        self._part(0, self.count)[...] = old
-
-
-def _split_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Axis (counted from the end) of length n * size -> two axes n, size."""
-    axis += x.ndim
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])

@@ -1,0 +1,32 @@
+"""refllm's answers to the suites of caches that code every token by itself, see `refllm.evaluate.golden.own`."""
+
+import numpy as np
+
+
+def _qserve(params: dict, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.qserve import qserve
+
+    parts, back = _coded(qserve(0, **params), x)
+    return {name: parts[f"v_{name}"] for name in ("codes", "scale", "zero")} | {"x_hat": back}
+
+
+def _coded(store, x: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Parts of a store that has seen x as keys and values, and the values that a later call sees."""
+    tokens = x.shape[-2]
+    store.extend(x, x, np.arange(tokens))
+    parts = {name: part.copy() for name, part in store.parts().items()}
+    return parts, store.extend(x[:, :1], x[:, :1], np.array([tokens]))[1][:, :tokens]
+
+
+def _llmqat(params: dict, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.autograd import parameter
+    from refllm.methods.kvcache.llmqat import llmqat, round_tokens
+
+    parts, back = _coded(llmqat(0, **params), x)
+    trained = parameter(x.swapaxes(0, 1).reshape(x.shape[1], -1))
+    round_tokens(trained, params["bits"]).sum().backward()
+    gradient = trained.grad.reshape(x.shape[1], len(x), -1).swapaxes(0, 1)
+    return {"codes": parts["v_codes"], "step": parts["v_step"].ravel(), "x_hat": back, "gradient": gradient}
+
+
+OPS = {"kvcache.qserve": _qserve, "kvcache.llmqat": _llmqat}
