@@ -164,21 +164,42 @@ def block(
     attend, observe :
         As in `forward`.
     """
-    config, prefix = model.config, f"model.layers.{layer}."
-    norm = lambda name, h: rms_norm(h, model.weights[prefix + name], config.norm_eps, config.norm_offset)
+    x = attention_half(model, layer, x, positions, store=store, attend=attend, observe=observe)
+    return mlp_half(model, layer, x, observe=observe)
 
-    h = _attention_of(config)(
-        model, layer, norm("input_layernorm.weight", x), positions, store=store, attend=attend, observe=observe
-    )
-    if config.post_norms:  # Gemma normalises what each branch returns, too
-        h = norm("post_attention_layernorm.weight", h)
-    x = x + h
-    before_mlp = "pre_feedforward_layernorm.weight" if config.post_norms else "post_attention_layernorm.weight"
-    mlp_of = moe.mlp_branch if config.has_experts(layer) else mlp_branch
-    h = mlp_of(model, layer, norm(before_mlp, x), observe=observe)
-    if config.post_norms:
-        h = norm("post_feedforward_layernorm.weight", h)
+
+def attention_half(
+    model: Model,
+    layer: int,
+    x: np.ndarray,
+    positions: np.ndarray,
+    *,
+    store=None,
+    attend: Callable | None = None,
+    observe: Callable | None = None,
+) -> np.ndarray:
+    """Hidden states (B, T, d) with what attention adds to them; a new array. Parameters as in `block`."""
+    h = _norm(model, layer, "input_layernorm", x)
+    h = _attention_of(model.config)(model, layer, h, positions, store=store, attend=attend, observe=observe)
+    if model.config.post_norms:  # Gemma normalises what each branch returns, too
+        h = _norm(model, layer, "post_attention_layernorm", h)
     return x + h
+
+
+def mlp_half(model: Model, layer: int, x: np.ndarray, *, observe: Callable | None = None) -> np.ndarray:
+    """Hidden states (B, T, d) with what the feed-forward part adds to them; a new array. Parameters as in `block`."""
+    post_norms = model.config.post_norms
+    branch = moe.mlp_branch if model.config.has_experts(layer) else mlp_branch
+    h = _norm(model, layer, "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm", x)
+    h = branch(model, layer, h, observe=observe)
+    if post_norms:
+        h = _norm(model, layer, "post_feedforward_layernorm", h)
+    return x + h
+
+
+def _norm(model: Model, layer: int, name: str, x: np.ndarray) -> np.ndarray:
+    config = model.config
+    return rms_norm(x, model.weights[f"model.layers.{layer}.{name}.weight"], config.norm_eps, config.norm_offset)
 
 
 def _attention_of(config: ModelConfig) -> Callable:

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         dict(symmetric=True, lwc=False, let=True, activation_bits=8, activation_symmetric=True, epochs=1),
         dict(epochs=0, scale_dtype="float32"),
     ),
+    "exl2": (dict(bits=4.2, optimizer="hull", rows=1, steps=4), dict(bits=6.0, steps=3, moves=1, seed=2)),
     "awq": (
         dict(bits=3, duo_scaling=True),
         dict(group_size=16, auto_clip=False),
@@ -40,6 +41,8 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
 }
 # Transforms that give up something, and knobs with which they do not.
 LOSSLESS: dict[str, dict] = {"gqa": dict(kv_heads=2), "palu": dict(ratio=1.0)}
+# exl2 stores four bytes for the place of every column: a bit a weight in a matrix of 32 rows.
+WIDER = {"exl2": dict(hidden_size=64)}
 NAMES = sorted(name for name, (family, _) in methods().items() if family in MODEL_FAMILIES)
 TRANSFORMS = [name for name in NAMES if methods()[name][0] == "transform"]
 PACKERS = [name for name in NAMES if methods()[name][0] == "blockwise"]
@@ -82,7 +85,7 @@ def test_signature_is_model_ids_and_typed_knobs(name):
 
 @pytest.mark.parametrize(("name", "knobs"), cases(NAMES))
 def test_inputs_are_left_alone_and_same_input_gives_same_bytes(name, knobs):
-    model = random_model("llama", np.float32, intermediate_size=64)
+    model = random_model("llama", np.float32, intermediate_size=64, **WIDER.get(name, {}))
     before = stored(model)
     first = run(name, knobs, model)
     assert stored(model) == before
@@ -106,7 +109,7 @@ def test_a_transform_keeps_the_function(name, knobs, architecture):
 
 @pytest.mark.parametrize(("name", "knobs"), cases(PACKERS))
 def test_packers_pack_every_linear(name, knobs):
-    model = random_model("llama", np.float32, intermediate_size=64)
+    model = random_model("llama", np.float32, intermediate_size=64, **WIDER.get(name, {}))
     reports = []
     packed = methods()[name][1](model, IDS, on_report=reports.append, **knobs)
     linears = [n for layer in range(model.config.num_layers) for n in layer_linears(layer)]
@@ -127,6 +130,6 @@ def test_packers_pack_every_linear(name, knobs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_tried_and_run_through_a_recipe(name):
-    model = random_model("llama", np.float32, intermediate_size=64)
+    model = random_model("llama", np.float32, intermediate_size=64, **WIDER.get(name, {}))
     check(model, name, IDS)
     assert compress(model, name, IDS).recipe == name

@@ -133,6 +133,23 @@ def _squeezellm(params: dict, w: np.ndarray, fisher: np.ndarray) -> dict[str, np
     return outputs | {"codes": lut.unpacked(), "tables": lut.tables}
 
 
+def _exl2(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels.stats import Stats
+    from refllm.methods.blockwise.exl2 import Rounder
+
+    record = Rounder(params["steps"])(w, Stats(x), params["mix"])
+    inner = record.weight
+    outputs = {"order": record.order, "groups": inner.groups.astype(np.int64), "level": inner.levels()}
+    outputs |= {"scale": inner.scale, "codes": inner.unpacked(), "w_hat": record.dense()}
+    return outputs | {"nbytes": np.array(record.nbytes)}
+
+
+def _exl2_choose(params: dict, error: np.ndarray, nbytes: np.ndarray, budget: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.blockwise.exl2 import choose
+
+    return {"choice": choose(error, nbytes, int(budget), moves=1)[0]}
+
+
 def _billm(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.kernels.stats import Stats
     from refllm.methods.quant.billm import billm
@@ -550,6 +567,8 @@ _OPS = {
     "quant.hqq": _hqq,
     "quant.aciq": _aciq,
     "quant.squeezellm": _squeezellm,
+    "blockwise.exl2": _exl2,
+    "blockwise.exl2.choose": _exl2_choose,
     "quant.billm": _billm,
     "quant.binary": _binary,
     "quant.pq": _pq,

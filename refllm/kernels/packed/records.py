@@ -9,6 +9,7 @@ to.
     MinWeight      codes counted from a minimum, a scale and a minimum per group
     MixedRows      the same with a number of bits for every row
     TwoLevel       codes under integer scales under a float scale a row
+    ColumnGroups   groups of columns of different widths and bits, with integer levels under a scale a group (EXL2)
     GGUFBlocks     rows of GGUF blocks, as they lie in the file
     BinaryBlocks   two bits a weight: a sign, and a second sign or which of two groups it belongs to
     CodeWeight     codes of a table of values (NF4, FP8, FP4 ...), a scale per block
@@ -47,6 +48,7 @@ from refllm.kernels.packed.base import as_float, is_record, rows_of
 from refllm.kernels.packed.binary import BinaryBlocks
 from refllm.kernels.packed.block_sparse import BlockSparse
 from refllm.kernels.packed.codes import CodeWeight, Reordered, TableRows
+from refllm.kernels.packed.column_groups import ColumnGroups
 from refllm.kernels.packed.inputs import OutlierInputs, PairInputs, StaticInputs, TokenInputs
 from refllm.kernels.packed.kept import PatternInputs, ThresholdInputs
 from refllm.kernels.packed.lengths import SparkWeight
@@ -61,6 +63,7 @@ __all__ = [
     "BinaryBlocks",
     "BlockSparse",
     "CodeWeight",
+    "ColumnGroups",
     "GGUFBlocks",
     "IntWeight",
     "LowRank",
@@ -118,6 +121,7 @@ Record = (
     | Rotated
     | TwoLevel
     | BinaryBlocks
+    | ColumnGroups
 )
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Record)}
 MAX_DEPTH = 4  # of nested records: a file cannot make the reader recurse without end

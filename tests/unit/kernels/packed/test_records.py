@@ -16,6 +16,7 @@ from refllm.kernels.packed.records import (
     BinaryBlocks,
     BlockSparse,
     CodeWeight,
+    ColumnGroups,
     GGUFBlocks,
     IntWeight,
     LowRank,
@@ -76,6 +77,7 @@ def one_of_each():
         ),
         "two level": two_level(),
         "binary blocks": binary_blocks(),
+        "column groups": column_groups(),
         "gguf": GGUFBlocks(blocks.Q4_0.encode(W), "Q4_0", 32),
         "codes": fp8_blocks(W, (4, 16)),
         "codes in flat blocks": blockwise(W, block=24),
@@ -136,6 +138,13 @@ def binary_blocks():
     """Three blocks of columns, of which the last is short."""
     signs, second = (W > W[0]) | (W < -1), W > np.roll(W, 1)
     return BinaryBlocks.pack(signs, second, W[0] > 0.5, *LEVELS, 12)
+
+
+def column_groups():
+    """Three groups of which the last does not fill its bytes."""
+    groups = [(6, 8), (3, 16), (2, 7), (5, 1)]
+    codes = np.concatenate([np.arange(6 * n).reshape(6, n) % (1 << bits) for bits, n in groups], axis=1)
+    return ColumnGroups.pack(codes, np.arange(24).reshape(4, 6) % 16 + 1, np.float16([0.5, 1, 0.1, 300]), groups)
 
 
 def blocks_of_int():
@@ -219,6 +228,18 @@ def test_binary_blocks_weight_by_weight():
     assert record.nbytes == 2 * 6 * 4 + 4 + 2 * 6 * 3 * 7
 
 
+def test_column_groups_weight_by_weight():
+    record, f32 = column_groups(), np.float32
+    codes, levels, dense = record.unpacked(), record.levels(), record.dense()
+    group_of = np.repeat(np.arange(4), record.groups[:, 1])
+    for r, c in np.ndindex(dense.shape):
+        g = group_of[c]
+        step = float(levels[g, r]) ** 2 * float(record.scale[g]) / 256
+        assert f32(step) == step  # exact
+        assert dense[r, c] == f32((int(codes[r, c]) - 2 ** (int(record.groups[g, 0]) - 1)) * step)
+    assert record.nbytes == 6 * (6 + 6 + 2 + 1) + 4 * 3 + 4 * 2 + 4 * 4
+
+
 def test_2_4_positions_by_the_table():
     # kept -> nibble i0 | i1 << 2; groups with fewer than two are filled up with 2, else 3
     table = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}
@@ -293,6 +314,14 @@ NAN16 = np.full((6, 2), np.nan, np.float16)
         (lambda: replaced(E["binary blocks"], columns=31), "bits after the last of 31"),
         (lambda: replaced(E["binary blocks"], salient=E["binary blocks"].signs), "salient must be uint8 .1, 4."),
         (lambda: replaced(E["binary blocks"], scale=np.full((6, 3, 4), np.nan, np.float16)), "scale holds NaN"),
+        (lambda: replaced(E["column groups"], groups=np.uint16([[9, 8]] * 4)), "of 2 to 8 bits .* got 9 to 9 bits"),
+        (lambda: replaced(E["column groups"], groups=np.uint16([[3, 0]] * 4)), "at least 1 column, got 3 to 3 bits, 0"),
+        (lambda: replaced(E["column groups"], groups=np.uint16([[3, 8]] * 4)), "codes must be uint8 .6, 12."),
+        (lambda: replaced(E["column groups"], groups=np.int32([[3, 8]] * 4)), "groups must be uint16"),
+        (lambda: replaced(E["column groups"], groups=np.zeros((0, 2), np.uint16)), "groups must be a matrix"),
+        (lambda: replaced(E["column groups"], codes=np.full((6, 15), 255, np.uint8)), "the last of 7 codes of 2 bits"),
+        (lambda: replaced(E["column groups"], level=np.zeros((4, 2), np.uint8)), "level must be uint8 .4, 3."),
+        (lambda: replaced(E["column groups"], scale=np.float16([1, 2, 3, np.inf])), "scale holds NaN"),
         (lambda: replaced(E["gguf"], type_name="Q9_9"), "unknown GGUF block type 'Q9_9'"),
         (lambda: replaced(E["gguf"], type_name="np"), "unknown GGUF block type"),
         (lambda: replaced(E["gguf"], columns=33), "multiple of 32 columns, got 33"),
