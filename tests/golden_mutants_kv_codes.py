@@ -3,6 +3,8 @@
 BUGS: {op: {mistake: the flag that must be among the failing ones}}. `mutant(None)` has no mistake.
 """
 
+from itertools import product
+
 import numpy as np
 
 BUGS = {
@@ -26,6 +28,16 @@ BUGS = {
         "clipped_at_the_limit": "Limit",
         "zero_step_is_one_code": "ZeroToken",
         "ties_away": "Ties",
+    },
+    "kvcache.kvtuner": {
+        "all_pairs": "Front",
+        "equals_stay": "Equal",
+        "each_layer_alone": "Group",
+        "mean_over_groups": "Weighted",
+        "below_the_limit": "Limit",
+        "always_greedy": "Exhaustive",
+        "least_loss": "Greedy",
+        "most_bits_of_equals": "Ties",
     },
 }
 
@@ -94,4 +106,44 @@ def llmqat(bug, x, bits):
     }
 
 
-_OPS = {"kvcache.qserve": qserve, "kvcache.llmqat": llmqat}
+def kvtuner(bug, errors, loss, bits, trials):
+    pairs = np.array([(k, v) for k in (2, 4, 8) for v in (2, 4, 8)])
+    total, fronts = pairs.sum(axis=1), []
+    for row in errors:
+        kept = []
+        for i in sorted(range(9), key=lambda i: (total[i], row[i], i)):
+            least = min([row[j] for j in kept], default=np.inf)
+            better = row[i] <= least if bug == "equals_stay" else row[i] < least
+            if better or bug == "all_pairs":
+                kept.append(i)
+        fronts.append(tuple(kept[::-1]))
+    names = list(range(len(fronts))) if bug == "each_layer_alone" else fronts
+    groups = list(dict.fromkeys(names))
+    front = {name: fronts[names.index(name)] for name in groups}
+
+    def rank(way):
+        at = np.array([way[groups.index(name)] for name in names])
+        used = total[list(way)].mean() / 2 if bug == "mean_over_groups" else total[at].mean() / 2
+        tie = -used if bug == "most_bits_of_equals" else used
+        return loss[np.arange(len(at)), at].sum(), used, tie, pairs[at].tolist()
+
+    fits = lambda way: rank(way)[1] < bits if bug == "below_the_limit" else rank(way)[1] <= bits
+    ways = list(product(*(front[name] for name in groups)))
+    if len(ways) <= trials and bug != "always_greedy":
+        best = min(filter(fits, ways), key=lambda way: (rank(way)[0], *rank(way)[2:]))
+    else:
+        best = tuple(front[name][0] for name in groups)
+        while not fits(best):
+            steps = []
+            for g, name in enumerate(groups):
+                place = front[name].index(best[g]) + 1
+                if place < len(front[name]):
+                    way = (*best[:g], front[name][place], *best[g + 1 :])
+                    saved = 1 if bug == "least_loss" else rank(best)[1] - rank(way)[1]
+                    steps.append(((rank(way)[0] - rank(best)[0]) / saved, *rank(way)[2:], way))
+            best = min(steps)[-1]
+    kept = np.array([[i in layer for i in range(9)] for layer in fronts], np.uint8)
+    return {"front": kept, "pairs": np.array(rank(best)[3])}
+
+
+_OPS = {"kvcache.qserve": qserve, "kvcache.llmqat": llmqat, "kvcache.kvtuner": kvtuner}

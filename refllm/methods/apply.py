@@ -13,7 +13,8 @@ do without them (fisher=None) where it is called directly, and where a weight is
 
 A run-time method may have to learn something of the model (which heads look far back, say). Its function then has an
 attribute `prepare`: prepare(model, **knobs) -> knobs to add. `compress` asks once, after all other stages, and writes
-the answer into the recipe, which is stored with the model: what is loaded knows it already.
+the answer into the recipe, which is stored with the model: what is loaded knows it already. A `prepare` with a
+parameter `ids` is handed the calibration text too, and needs it as long as one of the knobs is "search".
 """
 
 import inspect
@@ -35,6 +36,7 @@ from refllm.methods.recipes import (
     WEIGHT_FAMILIES,
     RecipeError,
     Stage,
+    knobs,
     parse,
 )
 from refllm.methods.record import Report, report
@@ -123,22 +125,29 @@ def compress(
                 model = _change_model(model, stage, calibration, on_report)
         else:
             model = _change_weights(model, list(group), calibration, on_report)
-    stages, recipe = _prepared(model, stages, recipe)
+    stages, recipe = _prepared(model, stages, recipe, calibration)
     recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
     return _bind_runtime(replace(model, recipe=recipes), stages)
 
 
-def _prepared(model: Model | None, stages: list[Stage], recipe: str = "") -> tuple[list[Stage], str]:
+def _prepared(model: Model | None, stages: list[Stage], recipe: str = "", calibration=None) -> tuple[list[Stage], str]:
     """Stages and recipe with the knobs that run-time methods find by looking at the model; stand-ins without one."""
     texts, done = recipe.split("+"), []
     for place, stage in enumerate(stages):
-        found = stage.function.prepare(model, **stage.knobs) if hasattr(stage.function, "prepare") else {}
+        prepare = getattr(stage.function, "prepare", None)
+        more = {"ids": calibration} if _prepares_with_ids(stage) else {}
+        found = {} if prepare is None else prepare(model, **stage.knobs, **more)
         if found and recipe:
             name, _, items = texts[place].partition(":")
             items = [item for item in filter(None, items.split(",")) if item.partition("=")[0].strip() not in found]
             texts[place] = name + ":" + ",".join([*items, *(f"{key}={value}" for key, value in found.items())])
         done.append(replace(stage, knobs=stage.knobs | found))
     return done, "+".join(texts)
+
+
+def _prepares_with_ids(stage: Stage) -> bool:
+    prepare = getattr(stage.function, "prepare", None)
+    return prepare is not None and "ids" in inspect.signature(prepare).parameters
 
 
 def _is_whole(stage: Stage) -> bool:
@@ -284,7 +293,8 @@ def needs_calibration(recipe: str) -> bool:
 def _is_needy(stage: Stage) -> bool:
     """Methods that can do without calibration need it for an importance matrix."""
     if stage.family in RUNTIME_FAMILIES:
-        return False
+        values = {name: knob.default for name, knob in knobs(stage.function).items()} | stage.knobs
+        return _prepares_with_ids(stage) and "search" in values.values()
     return _needs_calibration(stage.function) or stage.knobs.get("imatrix", False)
 
 

@@ -26,6 +26,7 @@ COMPRESSING = {
     "cla": dict(),
     "qserve": dict(),
     "llmqat": dict(bits=3, recent=5),
+    "kvtuner": dict(pairs="4.2/2.2"),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -39,10 +40,11 @@ KEEPING = {
     "cla": dict(share=1),
     "qserve": dict(recent=128),
     "llmqat": dict(recent=128),
+    "kvtuner": dict(pairs="8.8", recent=128),
 }
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)

@@ -29,4 +29,13 @@ def _llmqat(params: dict, x: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": parts["v_codes"], "step": parts["v_step"].ravel(), "x_hat": back, "gradient": gradient}
 
 
-OPS = {"kvcache.qserve": _qserve, "kvcache.llmqat": _llmqat}
+def _kvtuner(params: dict, errors: np.ndarray, loss: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.kvtuner import PAIRS, front, search
+
+    fronts = [front(row) for row in errors]
+    total = lambda pairs: sum(float(row[PAIRS.index(pair)]) for row, pair in zip(loss, pairs, strict=True))
+    kept = np.array([[i in layer for i in range(len(PAIRS))] for layer in fronts], np.uint8)
+    return {"front": kept, "pairs": np.array(search(fronts, total, **params))}
+
+
+OPS = {"kvcache.qserve": _qserve, "kvcache.llmqat": _llmqat, "kvcache.kvtuner": _kvtuner}

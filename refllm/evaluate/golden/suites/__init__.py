@@ -81,6 +81,7 @@ GENERATORS = (
     kivi.suite,
     kv_codes.qserve_suite,
     kv_codes.llmqat_suite,
+    kv_codes.kvtuner_suite,
     *sequence.SUITES,
     heads_and_layers.gqa_suite,
     heads_and_layers.mfa_suite,

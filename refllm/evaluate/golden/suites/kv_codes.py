@@ -1,6 +1,6 @@
 """The suites of caches that code every token by itself. Ids are never reused: new cases take new numbers.
 
-kvcache/qserve, kvcache/llmqat.
+kvcache/qserve, kvcache/llmqat, kvcache/kvtuner.
 """
 
 from fractions import Fraction
@@ -207,3 +207,96 @@ def llmqat_suite() -> SuiteSpec:
         _llmqat(3, "zeros", "ZeroToken", _given([[[0, 0], [3, 1]]]), 3, near=True, only="codes step"),
     ]
     return _suite("llmqat", "Signed codes, one step for all heads of a token, and the gradient", header, notes, cases)
+
+
+# --- kvtuner ---------------------------------------------------------------------------------------------------------
+
+PAIRS = [(k, v) for k in (2, 4, 8) for v in (2, 4, 8)]
+
+
+def _beaten(errors: list[int], i: int) -> bool:
+    """Whether a pair has no more bits and no larger error than pair i, and is better in one, or comes first."""
+    rank = lambda j: (sum(PAIRS[j]), errors[j])
+    others = [j for j in range(9) if j != i and all(a <= b for a, b in zip(rank(j), rank(i), strict=True))]
+    return any(rank(j) != rank(i) or j < i for j in others)
+
+
+def _tuned(fronts: list[tuple], loss: list[list[int]], bits: Fraction, trials: int) -> list[int]:
+    """The place of every layer's pair."""
+    kinds = sorted(set(fronts), key=fronts.index)
+    layers_of = [[i for i, f in enumerate(fronts) if f == kind] for kind in kinds]
+
+    def rank(way):
+        at = [way[kinds.index(f)] for f in fronts]
+        price = sum(loss[i][p] for i, p in enumerate(at))
+        return price, Fraction(sum(sum(PAIRS[p]) for p in at), 2 * len(at)), [PAIRS[p] for p in at]
+
+    ways = [[]]
+    for kind in kinds:
+        ways = [[*way, p] for way in ways for p in kind]
+    if len(ways) <= trials:
+        best = min((way for way in ways if rank(way)[1] <= bits), key=rank)
+    else:
+        best = [kind[0] for kind in kinds]
+        while rank(best)[1] > bits:
+            price, used, _ = rank(best)
+            steps = []
+            for g, kind in enumerate(kinds):
+                for lower in kind[kind.index(best[g]) + 1 :][:1]:
+                    way = [*best[:g], lower, *best[g + 1 :]]
+                    then, after, pairs = rank(way)
+                    steps.append((Fraction(then - price) / (used - after), after, pairs, way))
+            best = min(steps)[3]
+    of_layer = {i: best[g] for g, layers in enumerate(layers_of) for i in layers}
+    return [of_layer[i] for i in range(len(fronts))]
+
+
+def _kvtuner(id, comment, flags, errors, loss, bits, trials, only="front pairs") -> CaseSpec:
+    fronts = []
+    for row in errors:
+        kept = [i for i in range(9) if not _beaten(row, i)]
+        fronts.append(tuple(sorted(kept, key=lambda i: -sum(PAIRS[i]))))
+    chosen = _tuned(fronts, loss, Fraction(bits), trials)
+    expected = {
+        "front": Output(BITS, values("u8", [[int(i in f) for i in range(9)] for f in fronts])),
+        "pairs": Output(BITS, values("i64", [list(PAIRS[i]) for i in chosen])),
+    }
+    expected = {name: output for name, output in expected.items() if name in only.split()}
+    inputs = {"errors": values("f32", errors), "loss": values("f32", loss)}
+    return CaseSpec(id, comment, tuple(flags.split()), inputs, expected, params={"bits": bits, "trials": trials})
+
+
+def kvtuner_suite() -> SuiteSpec:
+    """The suite kvcache/kvtuner."""
+    header = [
+        "Inputs f32 [layers, 9], the pairs (K, V) in the order 2.2 2.4 2.8 4.2 4.4 4.8 8.2 8.4 8.8: errors of outputs; "
+        "loss, to be added up over the layers.",
+        "front u8 [layers, 9]: 1 unless another pair has no more bits K + V and no larger error, and is better in one "
+        "or comes first. Layers of the same front are a group and take one pair of it; C = sum of K + V / (2 layers).",
+        "pairs i64 [layers, 2]: up to `trials` ways: least loss with C <= bits. Else greedy: all begin with most bits; "
+        "while C > bits the group whose next pair costs least loss for the C saved takes it. Of equals: less C, then "
+        "the list of pairs that comes first.",
+    ]
+    notes = {
+        "Front": note("BASIC", "Only pairs that no other beats."),
+        "Equal": note("DEGENERATE", "More bits that buy nothing are beaten."),
+        "Group": note("LAYOUT", "Layers of the same front share a decision."),
+        "Weighted": note("OFF_BY_ONE", "C counts layers, not groups."),
+        "Limit": note("OFF_BY_ONE", "C may be equal to the limit."),
+        "Exhaustive": note("ORDER", "Few ways: all of them are tried."),
+        "Greedy": note("ORDER", "Many ways: least loss for the C saved, not the least loss."),
+        "Ties": note("DEGENERATE", "Of equal losses the one with less C."),
+    }
+    long, short = [9, 8, 8, 6, 4, 3, 6, 2, 1], [9, 5, 5, 7, 3, 3, 7, 3, 1]
+    a, b = [60, 40, 40, 30, 20, 9, 30, 8, 0], [90, 50, 50, 50, 30, 30, 50, 30, 0]
+    three = [
+        [51, 38, 30, 18, 16, 10, 4, 2, 0],
+        [58, 54, 48, 43, 38, 37, 36, 32, 30],
+        [56, 51, 48, 40, 33, 33, 23, 16, 0],
+    ]
+    cases = [
+        _kvtuner(1, "two groups", "Front Equal Group Exhaustive Weighted Limit", [long, short, long], three, 5.0, 99),
+        _kvtuner(2, "greedy", "Greedy", [long, short], [a, b], 5.0, 1, "pairs"),
+        _kvtuner(3, "equal losses", "Ties", [long], [[1] * 9], 8.0, 99, "pairs"),
+    ]
+    return _suite("kvtuner", "Bits of keys and of values by layer", header, notes, cases)
