@@ -58,6 +58,28 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | int, levels: int) -> Tenso
     return record(codes * scale.data, (x, scale, zero) if learned else (x, scale), pull)
 
 
+def nearest(W: Tensor, grid) -> Tensor:
+    """W rounded to the grid that fits it, and back; the whole gradient passes, as if nothing had happened.
+
+    Where W itself is learned, its scale follows by being fitted anew at every step, and what saturates must be free to
+    come back: a mask, or a slope through the scale, would pull at the largest weight of a group alone.
+
+    Parameters
+    ----------
+    W : Tensor (out, in), finite
+    grid : grid of refllm.kernels.grids
+
+    Examples
+    --------
+    >>> from refllm.kernels.grids import TwosGrid
+    >>> nearest(Tensor(np.array([[4.0, -4.0, 1.2]])), TwosGrid(3, -1)).data.tolist()
+    [[3.0, -4.0, 1.0]]
+    """
+    fitted = grid.fit(W.data)
+    decoded = grid.decode(grid.encode(W.data, *fitted), *fitted)
+    return record(decoded.astype(W.data.dtype), (W,), lambda g: (g,))
+
+
 def largest(x: Tensor, sign: int = 1) -> Tensor:
     """The largest of the last axis and 0, kept as an axis of 1; with sign -1 the smallest. The gradient goes to its
     place, the first of equals.

@@ -33,6 +33,11 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         dict(epochs=0, scale_dtype="float32"),
     ),
     "exl2": (dict(bits=4.2, optimizer="hull", rows=1, steps=4), dict(bits=6.0, steps=3, moves=1, seed=2)),
+    "lkd": (
+        dict(bits=3, group_size=8, epochs=2, step_tokens=48, compressed_inputs=True),
+        dict(group_size=-1, activation_bits=4, epochs=1, rate=1e-3, step_tokens=96),
+        dict(activation_bits=None, epochs=0, scale_dtype="float32"),
+    ),
     "awq": (
         dict(bits=3, duo_scaling=True),
         dict(group_size=16, auto_clip=False),

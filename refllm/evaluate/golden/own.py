@@ -276,6 +276,22 @@ def _omniquant(params: dict, w: np.ndarray, **more: np.ndarray) -> dict[str, np.
     return stored | {"loss": loss.data, "of_c": np.stack([c_hi.grad, c_lo.grad])[..., 0], "of_s": s.grad}
 
 
+def _lkd(params: dict, w: np.ndarray, v: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.kernels import fused
+    from refllm.kernels.autograd import Tensor, parameter
+    from refllm.kernels.stats import Stats
+    from refllm.kernels.straight_through import nearest
+    from refllm.methods.blockwise.lkd import Plan, pack
+    from refllm.model.reconstruct import mean_square
+
+    plan, student, x = Plan(**params), parameter(v), Stats(x).X
+    packed = pack(v, plan).weight
+    out = fused.linear(plan.at_linears(Tensor(x)), nearest(student, plan.grid(v.shape[1])))
+    loss = mean_square(out, [x @ w.T])
+    loss.backward()
+    return {"codes": packed.unpacked(), "loss": loss.data, "of_v": student.grad}
+
+
 def _magnitude(params: dict, w: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.methods.prune.magnitude import magnitude
 
@@ -578,6 +594,7 @@ _OPS = {
     "quant.salient": _salient,
     "blockwise.awq": _awq,
     "blockwise.omniquant": _omniquant,
+    "blockwise.lkd": _lkd,
     "prune.wanda": _wanda,
     "lowrank.svd": _svd,
     "transform.quarot": _quarot,

@@ -45,7 +45,7 @@ import numpy as np
 from refllm.kernels import straight_through as through
 from refllm.kernels.autograd import Tensor, clip, record, sigmoid
 from refllm.kernels.grids import AffineGrid, FullRangeGrid, group_count, group_for
-from refllm.kernels.optimizers import Optimizer, Schedule
+from refllm.kernels.optimizers import Optimizer
 from refllm.kernels.packed.inputs import TokenInputs
 from refllm.kernels.packed.records import IntWeight
 from refllm.kernels.stats import Stats
@@ -54,7 +54,7 @@ from refllm.model.differentiable import block_states, check_plain
 from refllm.model.equivalent import check_dense, norm_readers
 from refllm.model.llama import block, embed
 from refllm.model.model import Model
-from refllm.model.train import train
+from refllm.model.reconstruct import constants, improve, mean_square, observe
 from refllm.model.walk import layer_linears, windows
 
 START = 4.0  # sigmoid(4) = 0.982
@@ -210,15 +210,6 @@ def _check(plan: Plan, alpha, epochs, clip_rate, let_rate, step_tokens) -> None:
         )
 
 
-def observe(model: Model, layer: int, inputs: list, positions: np.ndarray) -> tuple[dict[str, Stats], list]:
-    """What the linears of a layer see of `inputs`, windows (1, T, d), by weight name; and what the layer gives."""
-    seen: dict[tuple[str, ...], list] = {}
-    note = lambda names, x: seen.setdefault(names, []).append(x.reshape(-1, x.shape[-1]))
-    outputs = [block(model, layer, x, positions, observe=note) for x in inputs]
-    shared = {names: Stats(np.concatenate(parts)) for names, parts in seen.items()}
-    return {name: stats for names, stats in shared.items() for name in names}, outputs
-
-
 def first_values(
     model: Model, layer: int, stats: dict[str, Stats], plan: Plan, *, lwc: bool = True, alpha: float | None = None
 ) -> dict[str, np.ndarray]:
@@ -290,23 +281,9 @@ def learn(
     targets : list of tuples of (1, T, d)
         What the block is to give, one array or two.
     """
-    if not first or not epochs:
-        return first
     loss = lambda params, i: block_loss(model, layer, params, inputs[i], targets[i], plan)
-    steps = epochs * len(inputs)
-    learned = train(
-        first,
-        loss,
-        lambda step, part, parts: step % len(inputs),
-        optimizer=Optimizer(clip_rate, betas=(0.9, 0.999), clip=None, rates=(("let.", let_rate),)),
-        schedule=Schedule(steps, decay_from=steps),
-    )
-    mean = lambda values: sum(float(loss(_constants(values), i).data) for i in range(len(inputs)))
-    return learned if mean(learned) <= mean(first) else first
-
-
-def _constants(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: Tensor(value) for name, value in values.items()}
+    optimizer = Optimizer(clip_rate, betas=(0.9, 0.999), clip=None, rates=(("let.", let_rate),))
+    return improve(first, loss, len(inputs), optimizer, epochs)
 
 
 def block_loss(
@@ -320,8 +297,7 @@ def block_loss(
         params, model.config, layer, Tensor(x[0]), 1, x.shape[1],
         at_linears=plan.at_linears, at_attention=plan.at_attention,
     )  # fmt: skip
-    squares = [(change * change).sum() for change in (out - Tensor(target[0]) for target in targets)]
-    return sum(squares[1:], squares[0]) / float(x.size)
+    return mean_square(out, [target[0] for target in targets])
 
 
 def scaled_weights(model: Model, layer: int, learned: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -391,14 +367,14 @@ def fold(
 ) -> None:
     """The layer of `model` with its scales moved and its linears packed, into `done`; what was learned is what is
     stored."""
-    constants = _constants(learned)
-    scaled = scaled_weights(model, layer, constants)
+    fixed = constants(learned)
+    scaled = scaled_weights(model, layer, fixed)
     done.weights.update({name: W.data for name, W in scaled.items()})
     for name in layer_linears(layer):
         W = scaled[name].data
-        done.weights[name] = packed = pack(scaled[name], constants, name, plan)
+        done.weights[name] = packed = pack(scaled[name], fixed, name, plan)
         if on_report is not None:
-            on_report(report(name, W, packed, _scaled_stats(model, layer, name, constants, stats)))
+            on_report(report(name, W, packed, _scaled_stats(model, layer, name, fixed, stats)))
 
 
 def pack(W: Tensor, learned: dict[str, Tensor], name: str, plan: Plan) -> IntWeight | TokenInputs:

@@ -19,7 +19,7 @@ ZeroQuant-V2 and -FP repair the error of rounding by a matrix of low rank: `zero
 Paper: Yao et al. 2022, "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
 arXiv:2206.01861, section 4; Wu et al. 2023, "ZeroQuant-FP: A Leap Forward in LLMs Post-Training W4A8 Quantization Using
 Floating-Point Formats", arXiv:2307.09782, section 3.
-Differs from them: no layer-by-layer distillation, and no asymmetric form of the integers; scales of weights are stored
+Differs from them: layer-by-layer distillation is `lkd`; integers have no asymmetric form; scales of weights are stored
 as float16 and rounded before codes are computed; a group of zeros takes the scale of an amax of 1. The constraints
 follow the papers' abstracts: their code is not public.
 Stage: prefill, memory

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refllm.kernels import straight_through as through
 from refllm.kernels.autograd import Tensor, parameter
-from refllm.kernels.grids import AffineGrid, SymmetricGrid
+from refllm.kernels.grids import AffineGrid, SymmetricGrid, TwosGrid
 from refllm.kernels.packed.activations import Rounding, dequantize_activations
 from tests.gradients import assert_gradients, normal
 from tests.strategies import PROPERTY, weights
@@ -87,6 +87,18 @@ def test_a_whole_number_as_zero_point():
     assert out.data.tolist() == [[2.0, 4.0]]
     out.sum().backward()
     assert x.grad.tolist() == [[1.0, 0.0]] and scale.grad[0, 0] == pytest.approx(2.3)
+
+
+@given(weights(columns=st.just(8)), st.integers(2, 8), st.sampled_from([AffineGrid, SymmetricGrid, TwosGrid]))
+def test_the_nearest_of_the_fitted_grid_passes_every_slope(W, bits, kind):
+    grid, leaf = kind(bits, 4), parameter(W)
+    out = through.nearest(leaf, grid)
+    scale, zero = grid.fit(W)
+    assert np.array_equal(out.data, grid.decode(grid.encode(W, scale, zero), scale, zero))
+    assert out.data.dtype == W.dtype
+    weigh = np.arange(W.size, dtype=W.dtype).reshape(W.shape)
+    (out * weigh).sum().backward()
+    assert np.array_equal(leaf.grad, weigh)
 
 
 @given(weights(), st.integers(2, 8), st.booleans())

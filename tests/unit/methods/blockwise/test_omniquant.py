@@ -23,7 +23,6 @@ from refllm.methods.blockwise.omniquant import (
     first_scales,
     first_values,
     learn,
-    observe,
     pack,
     rounded_weight,
     scaled_weights,
@@ -34,6 +33,7 @@ from refllm.model.equivalent import divide_keys, divide_norm, divide_values, nor
 from refllm.model.llama import block, embed, forward
 from refllm.model.native import save_native
 from refllm.model.planter import plant_outliers
+from refllm.model.reconstruct import observe
 from refllm.model.walk import layer_linears
 from tests.models import random_model
 from tests.strategies import PROPERTY, weights
