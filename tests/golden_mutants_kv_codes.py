@@ -39,6 +39,15 @@ BUGS = {
         "least_loss": "Greedy",
         "most_bits_of_equals": "Ties",
     },
+    "kvcache.turboquant": {
+        "turned_twice": "Rotation",
+        "no_root_of_d": "Scale",
+        "even_steps": "Table",
+        "exact_norm": "Norm",
+        "signs_of_x": "Signs",
+        "root_of_d_for_signs": "Constant",
+        "high_code_first": "Packed",
+    },
 }
 
 
@@ -146,4 +155,39 @@ def kvtuner(bug, errors, loss, bits, trials):
     return {"front": kept, "pairs": np.array(rank(best)[3])}
 
 
-_OPS = {"kvcache.qserve": qserve, "kvcache.llmqat": llmqat, "kvcache.kvtuner": kvtuner}
+NORMAL = {2: [0.4528, 1.5104], 3: [0.2451, 0.7560, 1.3439, 2.1519]}
+
+
+def turboquant(bug, x, rotation, s, bits):
+    table = np.array(NORMAL[bits])
+    if bug == "even_steps":
+        table = (np.arange(len(table)) + 0.5) * table[-1] / (len(table) - 0.5)
+    table = np.concatenate([-table[::-1], table])
+    D = x.shape[1]
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    root = 1 if bug == "no_root_of_d" else np.sqrt(D)
+    unit = x / norm
+    codes = np.abs((root * unit @ rotation.T)[..., None] - table).argmin(axis=-1)
+    back = table[codes] @ (rotation.T if bug == "turned_twice" else rotation) / root
+    rest = unit - back
+    signs = ((unit if bug == "signs_of_x" else rest) @ s.T >= 0).astype(np.int64)
+    size = np.linalg.norm(rest, axis=1, keepdims=True)
+    factor = 1 / np.sqrt(D) if bug == "root_of_d_for_signs" else np.sqrt(np.pi / 2) / D
+    stored = norm if bug == "exact_norm" else norm.astype(np.float16)
+    more = size * factor * (2 * signs - 1) @ s
+    return {
+        "codes": packed(bug, codes, bits),
+        "norm": stored[:, 0],
+        "signs": packed(None, signs, 1)[:, 0],
+        "residual": size[:, 0],
+        "x_hat": stored * back,
+        "k_hat": stored * (back + more),
+    }
+
+
+_OPS = {
+    "kvcache.qserve": qserve,
+    "kvcache.llmqat": llmqat,
+    "kvcache.kvtuner": kvtuner,
+    "kvcache.turboquant": turboquant,
+}

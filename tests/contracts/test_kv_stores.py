@@ -27,6 +27,7 @@ COMPRESSING = {
     "qserve": dict(),
     "llmqat": dict(bits=3, recent=5),
     "kvtuner": dict(pairs="4.2/2.2"),
+    "turboquant": dict(bits=3, recent=3),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -41,10 +42,11 @@ KEEPING = {
     "qserve": dict(recent=128),
     "llmqat": dict(recent=128),
     "kvtuner": dict(pairs="8.8", recent=128),
+    "turboquant": dict(recent=128),
 }
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)

@@ -38,4 +38,23 @@ def _kvtuner(params: dict, errors: np.ndarray, loss: np.ndarray) -> dict[str, np
     return {"front": kept, "pairs": np.array(search(fronts, total, **params))}
 
 
-OPS = {"kvcache.qserve": _qserve, "kvcache.llmqat": _llmqat, "kvcache.kvtuner": _kvtuner}
+def _turboquant(params: dict, x: np.ndarray, rotation: np.ndarray, s: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.formats.bits import pack_bits
+    from refllm.methods.kvcache.turboquant import decode, decode_residual, encode, encode_residual
+
+    bits, turning, S = params["bits"], rotation.astype(np.float64), s.astype(np.float64)
+    codes, norm = encode(x, turning, bits)
+    signs, residual = encode_residual(x, codes, turning, S, bits)
+    unit = decode(codes, turning, bits)
+    size = norm.astype(np.float64)[:, None]
+    backs = {"x_hat": size * unit, "k_hat": size * (unit + decode_residual(signs, residual, S))}
+    packed = {"codes": pack_bits(codes, bits), "signs": pack_bits(signs, 1)[:, 0]}
+    return packed | {"norm": norm, "residual": residual.astype(np.float64)} | backs
+
+
+OPS = {
+    "kvcache.qserve": _qserve,
+    "kvcache.llmqat": _llmqat,
+    "kvcache.kvtuner": _kvtuner,
+    "kvcache.turboquant": _turboquant,
+}

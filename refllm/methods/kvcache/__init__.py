@@ -12,6 +12,7 @@ from refllm.methods.kvcache.qserve import qserve as qserve
 from refllm.methods.kvcache.razor import razor as razor
 from refllm.methods.kvcache.snapkv import snapkv as snapkv
 from refllm.methods.kvcache.streaming import streaming as streaming
+from refllm.methods.kvcache.turboquant import turboquant as turboquant
 
 __all__ = [
     "cla",
@@ -26,4 +27,5 @@ __all__ = [
     "razor",
     "snapkv",
     "streaming",
+    "turboquant",
 ]

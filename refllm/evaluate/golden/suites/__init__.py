@@ -46,6 +46,7 @@ from refllm.evaluate.golden.suites import (
     squeezellm,
     stochastic,
     svd,
+    turboquant,
     vector_codes,
     wanda,
 )
@@ -84,6 +85,7 @@ GENERATORS = (
     kv_codes.qserve_suite,
     kv_codes.llmqat_suite,
     kv_codes.kvtuner_suite,
+    turboquant.suite,
     *sequence.SUITES,
     heads_and_layers.gqa_suite,
     heads_and_layers.mfa_suite,
