@@ -286,16 +286,18 @@ def needs_calibration(recipe: str) -> bool:
     --------
     >>> needs_calibration("rtn:bits=4"), needs_calibration("wanda+kivi")
     (False, True)
+    >>> needs_calibration("olive"), needs_calibration("olive:inputs=true")
+    (False, True)
     """
     return any(map(_is_needy, parse(recipe)))
 
 
 def _is_needy(stage: Stage) -> bool:
-    """Methods that can do without calibration need it for an importance matrix."""
+    """Methods that can do without calibration need it for an importance matrix, or for a knob that they name."""
     if stage.family in RUNTIME_FAMILIES:
         values = {name: knob.default for name, knob in knobs(stage.function).items()} | stage.knobs
         return _prepares_with_ids(stage) and "search" in values.values()
-    return _needs_calibration(stage.function) or stage.knobs.get("imatrix", False)
+    return _needs_calibration(stage.function) or stage.knobs.get(getattr(stage.function, "needs_text", "imatrix"), False)
 
 
 def _check_calibration(stages: list[Stage], calibration) -> None:

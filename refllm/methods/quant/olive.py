@@ -102,6 +102,9 @@ def olive(
     return PairInputs(weight, least_error_scale(X, "int", low, high, "float32")[0])
 
 
+olive.needs_text = "inputs"  # see refllm.methods.apply
+
+
 def _checked(W: np.ndarray, low: int, high: int) -> np.ndarray:
     W = np.asarray(W)
     if W.ndim != 2 or W.size == 0:
