@@ -297,7 +297,8 @@ def _is_needy(stage: Stage) -> bool:
     if stage.family in RUNTIME_FAMILIES:
         values = {name: knob.default for name, knob in knobs(stage.function).items()} | stage.knobs
         return _prepares_with_ids(stage) and "search" in values.values()
-    return _needs_calibration(stage.function) or stage.knobs.get(getattr(stage.function, "needs_text", "imatrix"), False)
+    knob = getattr(stage.function, "needs_text", "imatrix")
+    return _needs_calibration(stage.function) or stage.knobs.get(knob, False)
 
 
 def _check_calibration(stages: list[Stage], calibration) -> None:
