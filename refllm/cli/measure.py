@@ -41,7 +41,9 @@ def add_commands(commands) -> None:
         help="also ask questions: facts, passkey (for tiny), or a task file of prompts and answers",
     )
     parser.add_argument("--items", type=count, metavar="N", help="questions of each task (default 40)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw quality against size")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw quality against size; with --task, recall against bytes of the cache"
+    )
     add_calibration(parser)
     add_activations(parser)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refllm.evaluate import compare as comparing
-from refllm.evaluate import worker
+from refllm.evaluate import plots, worker
 from refllm.evaluate.compare import DEFAULT_RECIPES, compare, family, setting
 from refllm.evaluate.perplexity import evaluate_perplexity, plan
 from refllm.evaluate.plots import check_target, quality_against_size
@@ -134,6 +134,20 @@ def test_the_picture_is_a_png(result, tmp_path):
     quality_against_size(result["rows"], path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
     assert os.listdir(tmp_path) == ["quality.png"]
+
+
+def test_with_questions_the_picture_is_another(result, tmp_path):
+    """Cost and height of every point: bytes beside the attention, and the mean share of answers found."""
+    row = result["rows"][0] | {
+        "recall": {"facts": 1.0, "passkey": 0.5},
+        "cache_bytes": {"stored_bytes_per_token": 9.0, "device_bytes_per_token": 7.0, "recalled_bytes_per_step": 1.0},
+    }
+    assert plots._point(row, True) == (7.0, 1e-6, 0.75)
+    assert plots._point(row, False) == (row["bits_per_weight"], 1e-6, row["perplexity"])
+    rows = [row, row | {"recipe": "kivi", "family": "kvcache"}]
+    quality_against_size(rows, tmp_path / "recall.png")
+    quality_against_size(result["rows"], tmp_path / "size.png")
+    assert (tmp_path / "recall.png").read_bytes() != (tmp_path / "size.png").read_bytes()
 
 
 def test_pictures_that_cannot_be_written(tmp_path):
