@@ -33,7 +33,10 @@ class View(NamedTuple):
     @property
     def bits(self) -> int:
         """Bits of a code, as far as the params say."""
-        return self.params.get("bits", 8 if self.params.get("quant_type") == "int8" else 4)
+        bits = self.params.get("bits")
+        if isinstance(bits, int):  # a mean of several widths is none
+            return bits
+        return 8 if self.params.get("quant_type") == "int8" else 4
 
 
 Change = Callable[[View], Iterator[tuple[str, np.ndarray]]]
