@@ -67,7 +67,8 @@ def test_rolled_back_and_in_a_recipe():
     again = forward(model, IDS[10:], cache=cache)
     fresh = new_cache(model)
     forward(model, IDS[:10], cache=fresh)
-    np.testing.assert_array_equal(again, forward(model, IDS[10:], cache=fresh))
+    # The first ten keys came with ten others, and BLAS may sum another number of rows in another order.
+    np.testing.assert_allclose(again, forward(model, IDS[10:], cache=fresh), rtol=0, atol=1e-5)
 
 
 def test_errors():
