@@ -94,7 +94,7 @@ class BinaryBlocks(BaseRecord):
         block = np.arange(self.columns) // self.block
 
         def of_weights(levels, place):
-            flat = levels[ids].astype(np.float32).reshape(len(signs), -1)
+            flat = levels[ids].astype(np.float32).reshape(len(signs), levels.shape[1] * levels.shape[2])
             return np.take_along_axis(flat, block * levels.shape[2] + place, axis=1)
 
         scale = of_weights(self.scale, group)
