@@ -11,8 +11,8 @@ so a step that is too small is felt by what it clips, and one that is too large 
 et al. 2020, "Learned step size quantization", arXiv:1902.08153, section 2.1; Bhalgat et al. 2020, "LSQ+",
 arXiv:2004.09576, for z). Where s and z come from the numbers themselves, gradients reach these through both.
 
-Values are those of refllm.kernels.grids and of refllm.kernels.packed.activations to the last bit, for float32 numbers:
-every operation here is one of theirs.
+Values are those of refllm.kernels.grids (where the lowest code is 0; SymmetricGrid leaves that one out) and of
+refllm.kernels.packed.activations to the last bit, for float32 numbers: every operation here is one of theirs.
 """
 
 import numpy as np
