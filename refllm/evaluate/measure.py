@@ -29,7 +29,8 @@ class Sizes:
     Parameters
     ----------
     weight_bytes : int
-        Every stored array of every weight: codes, scales, zero points, indices, norms, embedding.
+        Every stored array of every weight: codes, scales, zero points, indices, norms, embedding; and the tables that
+        run-time methods have learned.
     parameters : int
         Numbers the uncompressed model has, embedding included.
     bits_per_weight : float
@@ -48,7 +49,7 @@ def sizes(model: Model) -> Sizes:
     """Count what is stored."""
     shapes = expected_shapes(model.config)
     linears = [name for layer in range(model.config.num_layers) for name in layer_linears(layer, model.config)]
-    nbytes = sum(weight.nbytes for weight in model.weights.values())
+    nbytes = sum(array.nbytes for part in (model.weights, model.tables) for array in part.values())
     parameters = sum(map(prod, shapes.values()))
     linear_bytes = sum(model.weights[name].nbytes for name in linears)
     return Sizes(

@@ -15,6 +15,10 @@ A run-time method may have to learn something of the model (which heads look far
 attribute `prepare`: prepare(model, **knobs) -> knobs to add. `compress` asks once, after all other stages, and writes
 the answer into the recipe, which is stored with the model: what is loaded knows it already. A `prepare` with a
 parameter `ids` is handed the calibration text too, and needs it as long as one of the knobs is "search".
+
+What it has to learn may be arrays (codebooks of a cache). Its function then has an attribute `learn`: learn(model, ids,
+**knobs) -> dict of arrays, asked for in the same way, and a keyword-only parameter `tables`, to which they are handed.
+They are kept in the model's `tables` and stored with it.
 """
 
 import inspect
@@ -41,6 +45,7 @@ from refllm.methods.recipes import (
 )
 from refllm.methods.record import Report, report
 from refllm.model import load as loading
+from refllm.model.cache import new_cache
 from refllm.model.fisher import fisher_diagonal
 from refllm.model.model import Model
 from refllm.model.sample import generate_ids
@@ -72,9 +77,16 @@ def load(source, **options) -> Model:
     """
     model = loading.load(source, **options)
     try:
-        return _bind_runtime(model, parse(model.recipe))
+        stages = parse(model.recipe)
+        model = _bind_runtime(model, stages)
     except RecipeError as error:
         raise FormatError(f"the stored recipe is not understood: {error}", path=source) from error
+    if any(map(_learns, stages)):
+        try:  # whether its tables fit shows when stores are made of them
+            new_cache(model)
+        except ValueError as error:
+            raise FormatError(f"the stored tables do not fit: {error}", path=source) from error
+    return model
 
 
 def compress(
@@ -127,7 +139,21 @@ def compress(
             model = _change_weights(model, list(group), calibration, on_report)
     stages, recipe = _prepared(model, stages, recipe, calibration)
     recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
-    return _bind_runtime(replace(model, recipe=recipes), stages)
+    return _bind_runtime(replace(model, recipe=recipes, tables=_learned(model, stages, calibration)), stages)
+
+
+def _learned(model: Model, stages: list[Stage], calibration) -> dict[str, np.ndarray]:
+    """The model's tables, and what the run-time methods among the stages learn of it."""
+    tables = dict(model.tables)
+    for stage in stages:
+        if _learns(stage):
+            found = stage.function.learn(model, calibration, **stage.knobs)
+            tables |= {f"{stage.method}.{name}": array for name, array in found.items()}
+    return tables
+
+
+def _learns(stage: Stage) -> bool:
+    return hasattr(stage.function, "learn")
 
 
 def _prepared(model: Model | None, stages: list[Stage], recipe: str = "", calibration=None) -> tuple[list[Stage], str]:
@@ -226,7 +252,11 @@ def check(model: Model, recipe: str, calibration=None) -> None:
             stats = None if blind else Stats(rng.standard_normal((16, columns), np.float32))
             _compress_weight(stand_in, name, todo, stats, None)
     if any(stage.family in RUNTIME_FAMILIES for stage in stages):
-        for _ in generate_ids(_bind_runtime(model, _prepared(None, stages)[0]), [0], 2, stop_ids=()):
+        stages = _prepared(None, stages)[0]
+        if any(map(_learns, stages)):
+            model = first_layer(model)
+            model = replace(model, tables=_learned(model, stages, start))
+        for _ in generate_ids(_bind_runtime(model, stages), [0], 2, stop_ids=()):
             pass
 
 
@@ -256,6 +286,10 @@ def _bind_runtime(model: Model, stages: list[Stage]) -> Model:
     for stage in stages:
         if stage.family in RUNTIME_FAMILIES:
             bound = partial(stage.function, **stage.knobs)
+            if _learns(stage):
+                mine = stage.method + "."
+                tables = {n.removeprefix(mine): array for n, array in model.tables.items() if n.startswith(mine)}
+                bound = partial(bound, tables=tables)
             if stage.family == "activations":  # a value, not a call: kernels must know it beforehand
                 bound = bound()
             runtime = replace(runtime, **{RUNTIME_FAMILIES[stage.family]: bound})
@@ -294,6 +328,8 @@ def needs_calibration(recipe: str) -> bool:
 
 def _is_needy(stage: Stage) -> bool:
     """Methods that can do without calibration need it for an importance matrix, or for a knob that they name."""
+    if _learns(stage):
+        return True
     if stage.family in RUNTIME_FAMILIES:
         values = {name: knob.default for name, knob in knobs(stage.function).items()} | stage.knobs
         return _prepares_with_ids(stage) and "search" in values.values()

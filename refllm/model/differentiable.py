@@ -14,7 +14,9 @@ from refllm.model.config import ModelConfig
 from refllm.model.names import expected_shapes
 
 
-def hidden_states(params: Mapping[str, Tensor], config: ModelConfig, ids: np.ndarray) -> Tensor:
+def hidden_states(
+    params: Mapping[str, Tensor], config: ModelConfig, ids: np.ndarray, *, at_cache: Callable | None = None
+) -> Tensor:
     """Final normed hidden states, the differentiable twin of `refllm.model.llama.forward` before the head.
 
     Parameters
@@ -23,6 +25,8 @@ def hidden_states(params: Mapping[str, Tensor], config: ModelConfig, ids: np.nda
     config : ModelConfig
         A plain Llama: SiLU, no biases, no q/k norm, no window, no soft-capping.
     ids : integers [B, T]
+    at_cache : callable, optional
+        As in `block_states`.
 
     Returns
     -------
@@ -37,7 +41,7 @@ def hidden_states(params: Mapping[str, Tensor], config: ModelConfig, ids: np.nda
     B, T = ids.shape
     x = fused.embedding(params["model.embed_tokens.weight"], ids)
     for layer in range(config.num_layers):
-        x = block_states(params, config, layer, x, B, T)
+        x = block_states(params, config, layer, x, B, T, at_cache=at_cache)
     return fused.rmsnorm(x, params["model.norm.weight"], config.norm_eps)
 
 
@@ -51,6 +55,7 @@ def block_states(
     *,
     at_linears: Callable[[Tensor], Tensor] | None = None,
     at_attention: Callable[[Tensor], Tensor] | None = None,
+    at_cache: Callable[[int, str, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One decoder layer, the differentiable twin of `refllm.model.llama.block`.
 
@@ -63,6 +68,9 @@ def block_states(
     at_linears, at_attention : callable, optional
         What the linears see of their inputs [B * T, in], and the attention of queries, keys and values [B, T, heads, D]
         after the rotation: rounding, say.
+    at_cache : callable, optional
+        at_cache(layer, part, x) -> Tensor: what becomes of keys before the rotation ("k") and after it ("rotated") and
+        of values ("v"), each [B, T, Hk, D].
     """
     H, Hk, D = config.num_heads, config.num_kv_heads, config.head_dim
     seen, read = at_linears or _unchanged, at_attention or _unchanged
@@ -73,7 +81,12 @@ def block_states(
     q = fused.linear(h, weight("self_attn.q_proj")).reshape(B, T, H, D)
     k = fused.linear(h, weight("self_attn.k_proj")).reshape(B, T, Hk, D)
     v = fused.linear(h, weight("self_attn.v_proj")).reshape(B, T, Hk, D)
-    mixed = fused.causal_attention(read(fused.rotate(q, cos, sin)), read(fused.rotate(k, cos, sin)), read(v), scale)
+    if at_cache is not None:
+        k, v = at_cache(layer, "k", k), at_cache(layer, "v", v)
+    k = fused.rotate(k, cos, sin)
+    if at_cache is not None:
+        k = at_cache(layer, "rotated", k)
+    mixed = fused.causal_attention(read(fused.rotate(q, cos, sin)), read(k), read(v), scale)
     x = x + fused.linear(seen(mixed.reshape(B * T, H * D)), weight("self_attn.o_proj"))
     h = seen(fused.rmsnorm(x, weight("post_attention_layernorm"), config.norm_eps))
     gate, up = fused.linear(h, weight("mlp.gate_proj")), fused.linear(h, weight("mlp.up_proj"))
@@ -111,13 +124,20 @@ class NextToken:
     """Loss: mean nats per scored next token.
 
     Called with (params, (ids, targets)) or (params, (ids, targets, weights)), all [B, T]; target -1 = not scored.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    at_cache : callable, optional
+        As in `block_states`.
     """
 
     config: ModelConfig
+    at_cache: Callable | None = None
 
     def __call__(self, params: Mapping[str, Tensor], batch: tuple[np.ndarray, ...]) -> Tensor:
         ids, *scoring = batch
-        hidden = hidden_states(params, self.config, ids)
+        hidden = hidden_states(params, self.config, ids, at_cache=self.at_cache)
         return fused.cross_entropy(hidden, params[head_name(self.config)], *scoring)
 
 

@@ -45,6 +45,9 @@ class Model:
     runtime : Runtime
     recipe : str
         The recipe that made it; "" for an uncompressed model.
+    tables : dict
+        Arrays that run-time methods have learned of the model, METHOD.NAME: codebooks of a cache, say. They are stored
+        with the model, and count as its bytes.
     """
 
     config: ModelConfig
@@ -53,3 +56,4 @@ class Model:
     name: str = ""
     runtime: Runtime = field(default_factory=Runtime)
     recipe: str = ""
+    tables: dict = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """refllm's own folder: a model stored exactly as it runs.
 
     refllm.json         {"format": "refllm/1", "name", "recipe", "config", "weights": {name: null | {"kind", ...meta}}}
-    model.safetensors   `NAME` for a dense weight, `NAME.PART` for every stored array of a packed one
+    model.safetensors   `NAME` for a dense weight, `NAME.PART` for every stored array of a packed one,
+                        `tables.METHOD.NAME` for what a run-time method has learned
     tokenizer.json      as loaded
 
 The bytes of model.safetensors are the sizes every table reports.
@@ -24,6 +25,7 @@ from refllm.model.model import Model
 from refllm.model.names import check_weights, expected_shapes
 
 FORMAT = "refllm/1"
+TABLES = "tables."
 # Fields of the config that are objects of their own.
 _PARTS = {
     "latent": Latent,
@@ -50,7 +52,7 @@ def save_native(model: Model, folder: str | Path, *, overwrite: bool = False) ->
     Path
         The folder.
     """
-    arrays, described = {}, {}
+    arrays, described = {TABLES + name: array for name, array in model.tables.items()}, {}
     for name, weight in model.weights.items():
         if isinstance(weight, np.ndarray):
             arrays[name], described[name] = weight, None
@@ -87,11 +89,14 @@ def load_native(folder: str | Path) -> Model:
     config = _config(document["config"], path)
     tensors = read_safetensors(folder / "model.safetensors")[0]
     weights = {name: _weight(name, about, tensors, folder) for name, about in document["weights"].items()}
+    tables = {
+        name.removeprefix(TABLES): _table(name, tensors, folder) for name in list(tensors) if name.startswith(TABLES)
+    }
     if tensors:
         raise FormatError(f"tensors that refllm.json does not describe: {', '.join(sorted(tensors)[:3])}", path=folder)
     check_weights(expected_shapes(config), {name: weight.shape for name, weight in weights.items()}, path=folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    return Model(config, weights, tokenizer, document["name"], recipe=document["recipe"])
+    return Model(config, weights, tokenizer, document["name"], recipe=document["recipe"], tables=tables)
 
 
 def _document(path: Path) -> dict:
@@ -123,6 +128,14 @@ def _weight(name: str, description: object, tensors: dict[str, StoredTensor], fo
         return from_parts(details.pop("kind", None), found, details)
     except ValueError as error:
         raise FormatError(f"weight {name}: {error}", path=folder) from error
+
+
+def _table(name: str, tensors: dict[str, StoredTensor], folder: Path) -> np.ndarray:
+    """What a run-time method has learned; the method knows its shape."""
+    array = tensors.pop(name).stored()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise FormatError(f"tensor {name} holds NaN or Inf", path=folder)
+    return array
 
 
 def _config(fields: dict, path: Path) -> ModelConfig:
