@@ -13,14 +13,16 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from secrets import token_hex
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.extending import register_jitable
 
 from refllm import __version__
 from refllm.formats.files import cache_dir
@@ -119,6 +121,23 @@ class _NamedCache(FunctionCache):
         return signature, codegen.magic_tuple()
 
 
+def jitable(function: Callable | None = None, **options) -> Callable:
+    """Numba's `register_jitable` for a part of kernels, without ways in from Python and C, which nobody takes.
+
+    Each of those would be compiled with a copy of the part: a tenth of a kernel's time.
+
+    A part that stays a function of its own is known to the linker by its name, among the parts of all kernels that a
+    process loads. Numba numbers names by process, so that two parts of one text (made for other numbers of heads, say)
+    that were compiled in different processes may share a name, and one would be called for the other. Hence a name that
+    nobody else has.
+    """
+    if function is None:
+        return partial(jitable, **options)
+    if function.__closure__:
+        function.__qualname__ += "_" + token_hex(8)
+    return register_jitable(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+
+
 def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
     """Compile one function for one signature, or load it from the cache.
 
@@ -135,7 +154,7 @@ def compile_kernel(function: Callable, signature, key: str = "") -> Callable:
     callable
         Runs without the interpreter lock.
     """
-    return _compiled(numba.njit(nogil=True, **_OPTIONS)(function), signature, key)
+    return _compiled(numba.njit(nogil=True, no_cfunc_wrapper=True, **_OPTIONS)(function), signature, key)
 
 
 def compile_address(function: Callable, signature, key: str = "") -> int:
@@ -145,6 +164,7 @@ def compile_address(function: Callable, signature, key: str = "") -> int:
     return made.address
 
 
+OPTIMIZE = 2  # LLVM's level: the third takes longer and makes none of these kernels faster
 _OPTIONS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
 _functions: list[CFunc] = []
 
@@ -152,6 +172,7 @@ _functions: list[CFunc] = []
 def _compiled(made, signature, key: str):
     """Compile a dispatcher or C function, with Numba's cache in the folder of this text and key if there is one."""
     function = made.__wrapped__
+    function.__qualname__ += key  # no two kernels of a process have one name (see `jitable`)
 
     def compile_it():
         if isinstance(made, CFunc):
@@ -164,9 +185,10 @@ def _compiled(made, signature, key: str):
         folder = kernel_folder()
         mine = None if folder is None else folder / f"{function.__name__}{key}"
         kept = mine is not None and any(mine.rglob("*.nbc"))
-        elsewhere = numba.config.CACHE_DIR
+        elsewhere, level = numba.config.CACHE_DIR, numba.config.OPT
         uncached = made._cache
         try:
+            numba.config.OPT = type(level)(min(level, OPTIMIZE))
             if mine is not None:
                 numba.config.CACHE_DIR = str(mine)
                 made._cache = _NamedCache(function)
@@ -179,5 +201,5 @@ def _compiled(made, signature, key: str):
             with _announced(function.__name__ + key, None):
                 compile_it()
         finally:
-            numba.config.CACHE_DIR = elsewhere
+            numba.config.CACHE_DIR, numba.config.OPT = elsewhere, level
     return made

@@ -7,8 +7,8 @@ Arrays of bytes and results are flat; `data` holds whole rows of `row_bytes`, an
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
+from refllm.kernels.packed.compile import jitable
 from refllm.kernels.packed.simd import (
     add_floats,
     add_ints,
@@ -25,19 +25,19 @@ from refllm.kernels.packed.simd import (
 )
 
 
-@register_jitable
+@jitable
 def _half(data, at):
     """The little-endian float16 at two bytes, in every lane."""
     return splat(half_to_float(np.uint16(data[at]) | np.uint16(data[at + 1]) << np.uint16(8)))
 
 
-@register_jitable
+@jitable
 def _scaled(q, offset, scale):
     """scale * (q + offset)."""
     return multiply(to_floats(add_ints(q, splat(offset))), scale)
 
 
-@register_jitable
+@jitable
 def _fifth_bits(data, at):
     """Sixteen bits, each as the fifth bit of a code."""
     return shift_left(load_bit_lanes(data, at), 4)

@@ -16,9 +16,8 @@ from functools import cache
 import numba
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
-from refllm.kernels.packed.compile import compile_address, compile_kernel
+from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
 from refllm.kernels.packed.lanes import (
     divide,
     every,
@@ -69,7 +68,7 @@ def dense_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         store_float(y + 4 * row, total)
 
 
-@register_jitable
+@jitable
 def norm(x, count, gain, eps, out, padded):
     """out = x / sqrt(mean(x^2) + eps) * gain, and zeros from `count` to `padded`."""
     whole = count // 16 * 16
@@ -90,7 +89,7 @@ def norm(x, count, gain, eps, out, padded):
         store_float(out + 4 * i, np.float32(0))
 
 
-@register_jitable
+@jitable
 def copy(x, count, out):
     """out = x."""
     whole = count // 16 * 16
@@ -100,7 +99,7 @@ def copy(x, count, out):
         store_float(out + 4 * i, load_float(x + 4 * i))
 
 
-@register_jitable
+@jitable
 def add(x, y, count):
     """x += y."""
     whole = count // 16 * 16
@@ -110,7 +109,7 @@ def add(x, y, count):
         store_float(x + 4 * i, load_float(x + 4 * i) + load_float(y + 4 * i))
 
 
-@register_jitable
+@jitable
 def rotate(x, dim, cos, sin, out):
     """Half-split rotary embedding of one head."""
     half, whole = dim // 2, dim // 32 * 16
@@ -126,7 +125,7 @@ def rotate(x, dim, cos, sin, out):
         store_float(out + 4 * (i + half), a * s + b * c)
 
 
-@register_jitable
+@jitable
 def activate(gate, up, count, gelu):
     """gate = act(gate) * up, sixteen numbers at a time; both activations are x / (1 + e^-y)."""
     for i in range(0, count, 16):
@@ -139,7 +138,7 @@ def activate(gate, up, count, gelu):
         store_floats(gate + 4 * i, times(narrow(a), load_floats(up + 4 * i)))
 
 
-@register_jitable
+@jitable
 def _tiles(product, source, columns, laid_out, buffers, x, y, first, last):
     """Some tiles of one product; see _product."""
     blocks = (columns + BLOCK - 1) // BLOCK
@@ -152,20 +151,20 @@ def _tiles(product, source, columns, laid_out, buffers, x, y, first, last):
     return product.kind
 
 
-@register_jitable
+@jitable
 def add_rows(y, other, first, last):
     """y += other, some tiles of rows."""
     add(y + 4 * ROWS * first, other + 4 * ROWS * first, (last - first) * ROWS)
 
 
-@register_jitable
+@jitable
 def clear_tail(between, rank):
     """Zeros behind the numbers of one token, to the end of the block: products read whole blocks."""
     for i in range(rank, (rank + BLOCK - 1) // BLOCK * BLOCK):
         store_float(between + 4 * i, np.float32(0))
 
 
-@register_jitable
+@jitable
 def _product(linear, source, columns, laid_out, buffers, x, y, thread, threads):
     """This member's rows of one linear, its bias added.
 
@@ -193,7 +192,7 @@ def _product(linear, source, columns, laid_out, buffers, x, y, thread, threads):
     return laid_out
 
 
-@register_jitable
+@jitable
 def _turned(linear, source, columns, out, scratch):
     """Where the inputs of a linear stand: at the source, or turned at `out`, with its padding."""
     if not linear.turn:
@@ -203,7 +202,7 @@ def _turned(linear, source, columns, out, scratch):
     return out
 
 
-@register_jitable
+@jitable
 def _add_branch(x, branch, hidden, gain, eps, mine, tiles, meeting, thread, threads):
     """x += branch, or its norm; this member's rows."""
     first, last = share(tiles, thread, threads)

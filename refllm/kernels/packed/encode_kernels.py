@@ -8,25 +8,26 @@ Every text takes blocks (n, k) and fills outputs; it is called for slices of blo
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
+
+from refllm.kernels.packed.compile import jitable
 
 EMPTY = np.float32(1e-15)
 _MAGIC = np.float32(1.5 * 2**23)
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-@register_jitable
+@jitable
 def _nearest(v):
     """scale_search.nearest_int of one number."""
     return (np.float32(v + _MAGIC).view(np.int32) & np.int32(0x7FFFFF)) - np.int32(0x400000)
 
 
-@register_jitable
+@jitable
 def _clipped(v, low, high):
     return np.float32(min(max(_nearest(v), low), high))
 
 
-@register_jitable
+@jitable
 def _largest(x, b):
     """The number of largest magnitude of block b, the first of several."""
     largest, magnitude = x[b, 0], abs(x[b, 0])
@@ -36,7 +37,7 @@ def _largest(x, b):
     return largest
 
 
-@register_jitable
+@jitable
 def _two_sums(first, second):
     """Sums of two arrays, in order."""
     a = b = ZERO
@@ -46,7 +47,7 @@ def _two_sums(first, second):
     return a, b
 
 
-@register_jitable
+@jitable
 def _qx_sums(x, w, b, iscale, low, high, products, squares):
     """Sums of w x l and w l^2 for the codes of one inverse scale."""
     for i in range(x.shape[1]):
@@ -125,7 +126,7 @@ def make_q3(x, nmax, scales, codes):
             codes[b, i] = np.int32(nmax) + np.int32(l[i])
 
 
-@register_jitable
+@jitable
 def _qkx_error(x, w, b, scale, low, l, absolute, errors):
     """Weighted error of codes under a scale and a minimum."""
     k = x.shape[1]
@@ -249,7 +250,7 @@ def make_qp(x, nmax, w, scales, codes):
             codes[b, i] = np.int32(l[i])
 
 
-@register_jitable
+@jitable
 def _level_sums(x, w, b, iscale, of_half, products, squares):
     """Sums of w q x and w q^2 for the levels of one inverse scale; of_half: the level of each half step."""
     for i in range(x.shape[1]):

@@ -4,128 +4,203 @@
     values  codes of the channels of one token, a scale and a minimum for every G of them
     x = scale * code + minimum, and behind both some tokens in float32 (KIVI's layout: methods/kvcache/kivi)
 
-Sixteen tokens of a key channel have one scale and minimum, so they are unpacked with one multiply-add, into a table of
-sixteen tokens by all channels that stays in the first-level cache; every query head that shares these keys then reads
-it, a token to a lane. Values are unpacked sixteen channels at a time and added to the sums of the same heads. Softmax
-and sums are float64. The NumPy text is attend over the dequantised arrays.
+Tokens of a key channel that have one scale are unpacked with one multiply-add for sixteen of them, a token to a lane,
+and multiplied with every query head that shares the keys while they lie in registers; values likewise, sixteen
+channels at a time. Products of keys are summed in float32, all else in float64. The NumPy text is attend over the
+dequantised arrays.
+
+A cache is a row of WORDS: addresses of packed codes, scales, minima and of what is in float32, for keys and values, and
+the bytes from head to head; then how many blocks and tokens there are.
 """
 
 from functools import cache
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
-from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.decode_step import records
+from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
 from refllm.kernels.packed.lanes import (
+    codes_run,
     double_grid,
-    every,
     fma,
     load_codes,
     load_double,
     load_float,
-    load_floats,
     load_half,
-    plus,
+    over_again,
+    repeated,
     splat,
+    splats,
+    splats_apart,
     store_double,
     store_float,
-    store_floats,
     store_grid,
+    store_widened,
     widen,
+    word,
+    zeros,
 )
-from refllm.kernels.packed.token_attention import clear, finish, scale_up, soften, words
+from refllm.kernels.packed.team import call
+from refllm.kernels.packed.token_attention import (
+    AGAIN,
+    KNOBS,
+    MOST,
+    attention_room,
+    clear,
+    finish,
+    heads_together,
+    needed,
+    own_doubles,
+    scale_up,
+    soften,
+    words,
+)
 
 SOME = 16  # tokens, or channels, at a time
 _SIDE = ("codes", "scale", "low", "rest", "codes_head", "scale_head", "rest_head")
-# Addresses of packed codes, scales, minima and of what is in float32, for keys and values; bytes from head to head.
-CACHE = np.dtype(
-    [(f"{side}_{name}", np.int64) for side in "kv" for name in _SIDE]
-    + [(name, np.int64) for name in ("k_blocks", "k_tail", "v_tokens", "v_tail", "residual", "heads", "kv_heads")]
-    + [("dim", np.int64), ("start", np.int64)]
-)
+WORDS = (
+    *(f"{side}_{name}" for side in "kv" for name in _SIDE),
+    "k_blocks", "k_tail", "v_tokens", "v_tail", "residual", "start",
+)  # fmt: skip
+_AT = {name: place for place, name in enumerate(WORDS)}
 
 
-def _text(bits: int, group: int):
-    """Attention of one token for one width of codes and size of groups."""
-    dot_keys, add_values = words(1)
+def _side_loader(side: str):
+    """Addresses of codes, scales, minima and rest of one head of one side."""
+    codes, scale, low, rest, codes_head, scale_head, rest_head = (_AT[f"{side}_{name}"] for name in _SIDE)
 
-    @register_jitable
-    def packed_scores(queries, heads, dim, codes, scale, low, residual, blocks, factor, own, scores, room):
-        """Scores (float64) of blocks * residual tokens for `heads` queries that share these keys."""
-        per_block, code_bytes = residual // group, residual * bits // 8
-        steps, lows, turned = own, own + 4 * dim, own + 8 * dim
-        for group_number in range(blocks * per_block):
-            block, g = group_number // per_block, group_number % per_block
-            for d in range(dim):
-                at = 2 * ((block * dim + d) * per_block + g)
-                store_float(steps + 4 * d, load_half(scale + at) * factor)
-                store_float(lows + 4 * d, load_half(low + at) * factor)
-            for t in range(0, group, SOME):
-                for d in range(dim):
-                    at = (block * dim + d) * code_bytes + (g * group + t) * bits // 8
-                    unpacked = fma(
-                        load_codes(codes + at, bits), splat(load_float(steps + 4 * d)), splat(load_float(lows + 4 * d))
-                    )
-                    store_floats(turned + 64 * d, unpacked)
-                for h in range(heads):
-                    query, even, odd = queries + 4 * dim * h, every(0), every(0)
-                    for d in range(0, dim, 2):
-                        even = fma(load_floats(turned + 64 * d), splat(load_float(query + 4 * d)), even)
-                        odd = fma(load_floats(turned + 64 * d + 64), splat(load_float(query + 4 * d + 4)), odd)
-                    store_grid(scores + 8 * (h * room + group_number * group + t), 0, widen(plus(even, odd)), 1)
+    @jitable
+    def of_head(table, j):
+        apart = j * word(table, scale_head)  # the minima are as far apart as the scales
+        return (
+            word(table, codes) + j * word(table, codes_head),
+            word(table, scale) + apart,
+            word(table, low) + apart,
+            word(table, rest) + j * word(table, rest_head),
+        )
 
-    @register_jitable
-    def packed_values(shares, room, heads, dim, codes, scale, low, tokens, sums):
-        """sums += sum over tokens of share * value (float64), for `heads` queries that share these values."""
+    return of_head
+
+
+_keys_of, _values_of = _side_loader("k"), _side_loader("v")
+_BLOCKS, _K_TAIL, _TOKENS, _V_TAIL, _RESIDUAL, _START = range(2 * len(_SIDE), len(WORDS))
+
+
+def _score_some(bits: int, n: int, vectors: int):
+    """packed_scores of `vectors` times sixteen tokens that share scales."""
+    sums = n * vectors
+
+    @jitable
+    def score_some(turned, dim, codes, code_bytes, scale, low, apart, scores, room):
+        """turned : (dim, n) float32, the scaled queries; codes, scale, low : of the first channel."""
+        total = zeros(sums)
+        for d in range(dim):
+            step, lowest = splat(load_half(scale + d * apart)), splat(load_half(low + d * apart))
+            keys = fma(codes_run(codes + d * code_bytes, bits, vectors), step, lowest)
+            total = fma(over_again(keys, n), repeated(splats(turned + 4 * n * d, n), vectors), total)
+        store_widened(scores, 8 * room, total, n)
+
+    return score_some
+
+
+def _text(bits: int, group: int, n: int):
+    """Attention of one token in n heads that share keys and values."""
+    dot_keys, add_values = words(n)
+    vectors = min(group // SOME, 8 // n)  # as many sums as the registers hold
+    score_several, score_one = _score_some(bits, n, vectors), _score_some(bits, n, 1)
+
+    @jitable
+    def packed_scores(turned, dim, codes, scale, low, residual, blocks, scores, room):
+        """scores[h, i] (float64) of blocks * residual tokens."""
+        per_block, code_bytes, whole = residual // group, residual * bits // 8, group // (SOME * vectors) * vectors
+        for g in range(blocks * per_block):
+            at = dim * (g // per_block) * per_block + g % per_block  # of the first channel's scale
+            code = codes + dim * (g // per_block) * code_bytes + g % per_block * group * bits // 8
+            s, m, apart, to = scale + 2 * at, low + 2 * at, 2 * per_block, scores + 8 * g * group
+            for v in range(0, whole, vectors):
+                score_several(turned, dim, code + 2 * bits * v, code_bytes, s, m, apart, to + 8 * SOME * v, room)
+            for v in range(whole, group // SOME):
+                score_one(turned, dim, code + 2 * bits * v, code_bytes, s, m, apart, to + 8 * SOME * v, room)
+
+    @jitable
+    def packed_values(shares, room, dim, codes, scale, low, tokens, sums):
+        """sums[h] += sum over i of shares[h, i] * value i (float64)."""
         groups, code_bytes = dim // group, dim * bits // 8
-        for t in range(tokens):
-            for g in range(groups):
-                step = splat(load_half(scale + 2 * (t * groups + g)))
-                lowest = splat(load_half(low + 2 * (t * groups + g)))
-                for c in range(g * group, (g + 1) * group, SOME):
-                    value = widen(fma(load_codes(codes + t * code_bytes + c * bits // 8, bits), step, lowest))
-                    for h in range(heads):
-                        share = splat(load_double(shares + 8 * (h * room + t)))
-                        at = sums + 8 * (h * dim + c)
-                        store_grid(at, 0, fma(value, share, double_grid(at, 0, 1, 2)), 1)
+        for first in range(0, tokens, AGAIN):
+            last = min(tokens, first + AGAIN)
+            for c in range(0, dim, SOME):
+                code, at = codes + c * bits // 8, 2 * (c // group)
+                total = double_grid(sums + 8 * c, 8 * dim, n, 2)
+                for i in range(first, last):
+                    step = splat(load_half(scale + 2 * groups * i + at))
+                    lowest = splat(load_half(low + 2 * groups * i + at))
+                    value = widen(fma(load_codes(code + i * code_bytes, bits), step, lowest))
+                    share = repeated(splats_apart(shares + 8 * i, 8 * room, n), 2)
+                    total = fma(over_again(value, n), share, total)
+                store_grid(sums + 8 * c, 8 * dim, total, n)
 
-    def kv_attention(cache, queries, factor, cap, own, scores, room, out):
-        kv = cache[0]
-        dim, shared, start = kv.dim, kv.heads // kv.kv_heads, kv.start
-        packed = kv.k_blocks * kv.residual
-        tokens = packed + kv.k_tail
-        sums = own + 72 * dim
-        wide, totals = sums + 8 * shared * dim, sums + 8 * (shared + 1) * dim
-        for j in range(kv.kv_heads):
-            some, to = queries + 4 * dim * shared * j, out + 4 * dim * shared * j
-            codes, low = kv.k_codes + j * kv.k_codes_head, j * kv.k_scale_head
-            packed_scores(
-                some, shared, dim, codes, kv.k_scale + low, kv.k_low + low, kv.residual, kv.k_blocks,
-                np.float32(factor), own, scores, room,
-            )  # fmt: skip
-            clear(sums, shared * dim)
-            for h in range(shared):
-                mine = scores + 8 * h * room
-                scale_up(some + 4 * dim * h, dim, factor, wide)
-                dot_keys(wide, kv.k_rest + j * kv.k_rest_head, kv.k_tail, dim, mine + 8 * packed, room)
-                store_double(totals + 8 * h, soften(mine + 8 * start, tokens - start, cap))
-                clear(mine, start)
-            codes, low = kv.v_codes + j * kv.v_codes_head, j * kv.v_scale_head
-            packed_values(scores, room, shared, dim, codes, kv.v_scale + low, kv.v_low + low, kv.v_tokens, sums)
-            for h in range(shared):
-                mine, of = scores + 8 * (h * room + kv.v_tokens), sums + 8 * dim * h
-                add_values(mine, room, kv.v_rest + j * kv.v_rest_head, kv.v_tail, dim, of)
-                finish(of, dim, load_double(totals + 8 * h), to + 4 * dim * h)
+    def attend_coded(queries, table, j, count, dim, own, out):
+        scale, cap = load_double(own), load_double(own + 8)
+        room, start, packed = attention_room(count), word(table, _START), word(table, _BLOCKS) * word(table, _RESIDUAL)
+        wide = own + 8 * KNOBS
+        sums, turned, scores = wide + 8 * n * dim, wide + 16 * n * dim, wide + 24 * n * dim
+        for h in range(n):
+            for d in range(dim):
+                store_float(turned + 4 * (n * d + h), np.float32(scale) * load_float(queries + 4 * (dim * h + d)))
+        scale_up(queries, n * dim, scale, wide)
+        codes, s, low, rest = _keys_of(table, j)
+        packed_scores(turned, dim, codes, s, low, word(table, _RESIDUAL), word(table, _BLOCKS), scores, room)
+        dot_keys(wide, rest, word(table, _K_TAIL), dim, scores + 8 * packed, room)
+        clear(sums, n * dim)
+        for h in range(n):  # the queries are not needed any more: their place takes the totals
+            mine = scores + 8 * room * h
+            store_double(wide + 8 * h, soften(mine + 8 * start, count - start, cap))
+            clear(mine, start)
+        codes, s, low, rest = _values_of(table, j)
+        tokens = word(table, _TOKENS)
+        packed_values(scores, room, dim, codes, s, low, tokens, sums)
+        add_values(scores + 8 * tokens, room, rest, word(table, _V_TAIL), dim, sums)
+        for h in range(n):
+            finish(sums + 8 * dim * h, dim, load_double(wide + 8 * h), out + 4 * dim * h)
 
-    return kv_attention
+    return attend_coded
 
 
 @cache
-def _kernel(bits: int, group: int):
-    arguments = [records(CACHE), types.intp, types.float64, types.float64, *[types.intp] * 4]
-    return compile_kernel(_text(bits, group), types.void(*arguments), f"_{bits}_{group}")
+def coded_address(bits: int, group: int, n: int) -> int:
+    """Address of the compiled attention of n heads that share keys and values, n <= MOST, over a packed cache.
+
+    void(queries, cache, kv head, count, dim, own, out): cache : address of a row of WORDS; count : its tokens; the
+    rest as in token_attention.attend_address.
+    """
+    return compile_address(_text(bits, group, n), types.void(*[types.intp] * 7), f"_{bits}_{group}_{n}")
+
+
+def kv_attention(kernels, table, queries, heads, kv_heads, dim, count, factor, cap, own, out):
+    """All heads, one group of them after another; kernels : address of a table of coded_address."""
+    store_double(own, factor)
+    store_double(own + 8, cap)
+    per_group, h = heads // kv_heads, 0
+    while h < heads:
+        together = heads_together(h, heads, per_group)
+        what = queries + 4 * dim * h, table, h // per_group, count, dim, own, out + 4 * dim * h
+        call(word(kernels, together), what)
+        h += together
+
+
+@cache
+def _kernel():
+    arguments = [types.intp] * 7 + [types.float64] * 2 + [types.intp] * 2
+    return compile_kernel(kv_attention, types.void(*arguments))
+
+
+@cache
+def kernel_table(bits: int, group: int, heads: int, per_group: int, threads: int = 1) -> np.ndarray:
+    """Place i: the kernel of i heads together; for as many as a team of so many threads meets."""
+    table = np.zeros(MOST + 1, np.int64)
+    for together in needed(heads, per_group, threads):
+        table[together] = coded_address(bits, group, together)
+    return table
 
 
 def attend_packed(
@@ -163,25 +238,22 @@ def attend_packed(
     (H, D) float32
     """
     heads, dim = q.shape
-    cache, kept = np.zeros(1, CACHE), []
+    found, kept = dict.fromkeys(WORDS, 0), []
     for side, arrays in (("k", keys), ("v", values)):
         for name, array in zip(_SIDE, arrays, strict=False):
             if array is not None and array.size:
                 array = array if array[0].flags.c_contiguous else np.ascontiguousarray(array)
                 kept.append(array)
-                cache[f"{side}_{name}"] = array.ctypes.data
-                if name != "low":  # as far apart as the scales
-                    cache[f"{side}_{name}_head"] = array.strides[0]
-        cache[f"{side}_tail"] = arrays[3].shape[1]
-    cache["k_blocks"], cache["v_tokens"] = (0 if side[0] is None else side[0].shape[1] for side in (keys, values))
-    cache["heads"], cache["kv_heads"], cache["dim"] = heads, len(keys[3]), dim
-    cache["residual"], cache["start"] = residual, start
-    tokens = int(cache["k_blocks"][0] * residual + cache["k_tail"][0])
-    room = tokens + 32  # the softmax works on whole vectors
-    shared = heads // len(keys[3])
-    # Unpacked keys with their scales and minima (18 dim float32), sums of all heads that share them, a query, totals.
-    own, scores = np.empty((9 + shared + 1) * dim + shared), np.empty(shared * room)
+                found |= {f"{side}_{name}": array.ctypes.data, f"{side}_{name}_head": array.strides[0]}
+        found[f"{side}_tail"] = arrays[3].shape[1]
+    found["k_blocks"], found["v_tokens"] = (0 if side[0] is None else side[0].shape[1] for side in (keys, values))
+    found["residual"], found["start"] = residual, start
+    table = np.array([found[name] for name in WORDS], np.int64)
+    count, kv_heads = found["k_blocks"] * residual + found["k_tail"], len(keys[3])
+    own = np.empty(own_doubles(MOST, dim, count))
+    kernels = kernel_table(bits, group, heads, heads // kv_heads)
     q, out = np.ascontiguousarray(q), np.empty((heads, dim), np.float32)
-    pointers = own.ctypes.data, scores.ctypes.data, room, out.ctypes.data
-    _kernel(bits, group)(cache, q.ctypes.data, float(scale), float(softcap or 0), *pointers)
+    addresses = kernels.ctypes.data, table.ctypes.data, q.ctypes.data
+    knobs = float(scale), float(softcap or 0)
+    _kernel()(*addresses, heads, kv_heads, dim, count, *knobs, own.ctypes.data, out.ctypes.data)
     return out

@@ -169,6 +169,22 @@ def store_grid(typing, address, stride, values, n):
 
 
 @intrinsic(prefer_literal=True)
+def store_widened(typing, address, stride, values, n):
+    """The same of floats, as doubles."""
+
+    def generate(context, b, sig, args):
+        m = values.n // n.literal_value
+        for i, value in enumerate(_split(b, values, args[2], values.n)):
+            place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i // m)))
+            wide = b.fpext(value, ir.VectorType(F64, LANES))
+            pointer = b.inttoptr(b.add(place, ir.Constant(place.type, 128 * (i % m))), wide.type.as_pointer())
+            b.store(wide, pointer, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, values, n), generate
+
+
+@intrinsic(prefer_literal=True)
 def repeated(typing, values, n):
     """Each of some vectors n times, then the next."""
     kind = several(values.vector, values.n * n.literal_value)
@@ -261,6 +277,19 @@ def load_codes(typing, address, bits):
         return b.uitofp(codes, Floats.llvm)
 
     return Floats(types.intp, bits), generate
+
+
+@intrinsic(prefer_literal=True)
+def codes_run(typing, address, bits, n):
+    """load_codes for n times sixteen consecutive codes."""
+    kind, step = several(Floats, n.literal_value), 2 * bits.literal_value
+
+    def generate(context, b, sig, args):
+        places = [b.add(args[0], ir.Constant(args[0].type, step * i)) for i in range(kind.n)]
+        some = [emit_columns(b, b.inttoptr(at, I8.as_pointer()), bits.literal_value) for at in places]
+        return emit_join(b, kind, [b.uitofp(codes, Floats.llvm) for codes in some])
+
+    return kind(types.intp, bits, n), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -460,6 +489,21 @@ def emit_sum(b: ir.IRBuilder, value: ir.Value, join) -> ir.Value:
 def _number(vector: types.Type) -> types.Type:
     """The type of one lane."""
     return types.float64 if vector == Doubles else types.float32
+
+
+@intrinsic
+def prefetch(typing, address):
+    """Ask for the 64 bytes at an address, which need not exist."""
+
+    def generate(context, b, sig, args):
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        to_read, keep, data = I32(0), I32(3), I32(1)
+        call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        b.call(call, [b.inttoptr(args[0], pointer), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 @intrinsic

@@ -12,9 +12,8 @@ from functools import cache
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
-from refllm.kernels.packed.compile import compile_kernel
+from refllm.kernels.packed.compile import compile_kernel, jitable
 from refllm.kernels.packed.decode_step import activate, add, add_rows, clear_tail, copy, norm, records, rotate
 from refllm.kernels.packed.lanes import (
     WIDE,
@@ -53,7 +52,7 @@ KEY_BLOCK = 32
 NOTHING, OTHERS = -1, -2  # instead of a kind: nothing stands laid out, or the activations of another product
 
 
-@register_jitable
+@jitable
 def _scores(query, keys, count, dim, cap, out):
     """out[j] = key j . each of eight queries, capped; float64: query (dim, 8), keys (count, dim), out (count, 8)."""
     whole = count // SOME * SOME
@@ -73,7 +72,7 @@ def _scores(query, keys, count, dim, cap, out):
             store_doubles(out + 64 * j, times(splat(cap), tanh(divide(load_doubles(out + 64 * j), splat(cap)))))
 
 
-@register_jitable
+@jitable
 def _mask(scores, first_key, count, queries, window):
     """-inf where a key is later than the query, or further back than the window."""
     never = splat(-np.inf)
@@ -86,7 +85,7 @@ def _mask(scores, first_key, count, queries, window):
         store_doubles(scores + 64 * j, some)
 
 
-@register_jitable
+@jitable
 def _add_values(shares, values, count, dim, fade, out):
     """out = fade * out + sum over keys of share * value; shares : (count, 8), values : (count, dim), out : (dim, 8)."""
     whole = dim // SOME * SOME
@@ -102,7 +101,7 @@ def _add_values(shares, values, count, dim, fade, out):
         store_doubles(out + 64 * c, one)
 
 
-@register_jitable
+@jitable
 def _shares(scores, count, state):
     """Scores of a block become shares, relative to the largest score so far.
 
@@ -126,7 +125,7 @@ def _shares(scores, count, state):
     store_doubles(state + 128, fade)
 
 
-@register_jitable
+@jitable
 def _attend_some(query, heads, keys, values, first, tokens, dim, scale, cap, window, own, out, stride):
     """Attention of up to eight queries at the positions first, first + 1 ... over the keys 0 .. first + tokens - 1.
 
@@ -170,12 +169,12 @@ def _attend_some(query, heads, keys, values, first, tokens, dim, scale, cap, win
                 store_float(out + stride * i + 4 * (dim * h + c), np.float32(load_double(at + 8 * i)))
 
 
-@register_jitable
+@jitable
 def _bytes_of_a_head(dim):
     return 64 * (2 * dim + KEY_BLOCK + 3)
 
 
-@register_jitable
+@jitable
 def _laid(buffers, tokens, columns):
     """Where activations of so many columns stand laid out: numbers, scales, sums."""
     blocks, panels = (columns + BLOCK - 1) // BLOCK, (tokens + TOKENS - 1) // TOKENS
@@ -183,7 +182,7 @@ def _laid(buffers, tokens, columns):
     return buffers.laid, scale, scale + 4 * blocks * TOKENS * panels
 
 
-@register_jitable
+@jitable
 def _lay_out(product, laid_out, source, tokens, columns, buffers, thread, threads):
     """This member's panels of the activations that a product takes, unless they stand there; then all wait.
 
@@ -200,7 +199,7 @@ def _lay_out(product, laid_out, source, tokens, columns, buffers, thread, thread
     return product.kind
 
 
-@register_jitable
+@jitable
 def _tiles(product, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads):
     """This member's rows of one product for all tokens; see _product."""
     laid_out = _lay_out(product, laid_out, source, tokens, columns, buffers, thread, threads)
@@ -212,7 +211,7 @@ def _tiles(product, laid_out, source, tokens, columns, buffers, y, out_bytes, th
     return laid_out
 
 
-@register_jitable
+@jitable
 def _product(linear, laid_out, source, tokens, columns, buffers, y, out_bytes, thread, threads):
     """This member's rows of one linear for all tokens, its bias added; y has rows of `out_bytes`.
 
@@ -246,7 +245,7 @@ def _product(linear, laid_out, source, tokens, columns, buffers, y, out_bytes, t
     return laid_out
 
 
-@register_jitable
+@jitable
 def _turn(linear, source, stride, first, last, columns, own):
     """Turn the inputs of some tokens in place, where a linear wants it: those that this member lays out afterwards."""
     if linear.turn:
@@ -254,7 +253,7 @@ def _turn(linear, source, stride, first, last, columns, own):
             turn(source + stride * t, columns, linear.inner, linear.base, linear.turn, own)
 
 
-@register_jitable
+@jitable
 def _heads(x, stride, first, last, heads, dim, gain, eps, cos, sin, own):
     """Norm (where there is a gain) and rotate the heads of some tokens, in place."""
     for t in range(first, last):
@@ -266,7 +265,7 @@ def _heads(x, stride, first, last, heads, dim, gain, eps, cos, sin, own):
             copy(own, dim, place)
 
 
-@register_jitable
+@jitable
 def _add_branch(x, branch, stride, first, last, hidden, gain, eps, own):
     """x += branch, or its norm, for some tokens."""
     for t in range(first, last):
@@ -277,7 +276,7 @@ def _add_branch(x, branch, stride, first, last, hidden, gain, eps, own):
         add(x + stride * t, other, hidden)
 
 
-@register_jitable
+@jitable
 def _norms(x, stride, first, last, hidden, gain, eps, out):
     padded = (hidden + BLOCK - 1) // BLOCK * BLOCK
     for t in range(first, last):

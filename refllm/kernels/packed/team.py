@@ -19,8 +19,9 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
+from refllm.kernels.packed.compile import jitable
 from refllm.kernels.packed.threads import pool
 
 SPINS = 20_000  # some 40 us
@@ -76,7 +77,7 @@ def _store_atomic(typing, address, value):
     return types.void(types.intp, types.intp), generate
 
 
-@register_jitable
+@jitable
 def barrier(meeting, threads):
     """Wait until all members are here.
 
@@ -96,7 +97,7 @@ def barrier(meeting, threads):
                     call(_load_atomic(meeting + 128), ())
 
 
-@register_jitable
+@jitable
 def share(count, thread, threads):
     """The part of range(count) that is one member's: first, last."""
     return count * thread // threads, count * (thread + 1) // threads

@@ -22,10 +22,9 @@ from functools import cache
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
 from refllm.kernels.packed.activations import SHIFTS
-from refllm.kernels.packed.compile import compile_address
+from refllm.kernels.packed.compile import compile_address, jitable
 from refllm.kernels.packed.lanes import (
     divide,
     every,
@@ -44,6 +43,7 @@ from refllm.kernels.packed.lanes import (
     minus_product,
     nearest,
     plus,
+    prefetch,
     splat,
     splats,
     store_codes,
@@ -75,6 +75,9 @@ from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_
 # Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
 # take one of 32 registers of AVX-512 and two of the 16 of AVX2.
 TOKENS = 12 if "+avx512f" in target_features() else 6
+# Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
+# page of 4096 bytes, so what lies two of them further is asked for.
+AHEAD = 8192
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 # Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
@@ -101,6 +104,19 @@ def laid_kind(form: Form, kind: int) -> int:
     return kind | form.offset << KINDS if _begins(form, kind != FLOAT) else kind
 
 
+def _ask_ahead(stream_bytes: int, block_bytes: int, n: int):
+    """Asks for what will be read AHEAD bytes of codes later, of a stream of `stream_bytes` a block; for one token."""
+    away = AHEAD // block_bytes * stream_bytes if n == 1 else 0
+
+    @jitable
+    def ask_ahead(address):
+        if away:
+            for line in range(0, stream_bytes, 64):
+                prefetch(address + away + line)
+
+    return ask_ahead
+
+
 def _products(form: Form, kind: int, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
     if form.layout == "pairs":
@@ -113,7 +129,7 @@ def _products(form: Form, kind: int, n: int, part: int):
     else:
         products = float_products(form, part, parts, n)
 
-    @register_jitable(forceinline=True)  # or LLVM hands the sums over through memory
+    @jitable(forceinline=True)  # or LLVM hands the sums over through memory
     def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
         of = splats(sums + at, n)
         if integers:
@@ -135,7 +151,7 @@ def _picked_products(form: Form, kind: int, n: int, part: int):
     integers, stepped = kind != FLOAT, kind == BLOCKS
     products = picked_products(form, part, n) if integers else float_products(form, part, 2, n)
 
-    @register_jitable(forceinline=True)
+    @jitable(forceinline=True)
     def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
         if integers:
             p = products(codes, x, zero)
@@ -146,17 +162,17 @@ def _picked_products(form: Form, kind: int, n: int, part: int):
     return add_products
 
 
-@register_jitable
+@jitable
 def _table_in_registers(weight, tile):
     return load_floats(word(weight, 6))
 
 
-@register_jitable
+@jitable
 def _table_address(weight, tile):
     return word(weight, 6)
 
 
-@register_jitable
+@jitable
 def _no_table(weight, tile):
     return every(0)
 
@@ -166,7 +182,7 @@ def _load_table(form: Form):
     if form.table == OF_ROWS:
         table_bytes = 4 * ROWS << form.bits
 
-        @register_jitable
+        @jitable
         def table_of_tile(weight, tile):
             return word(weight, 6) + tile * table_bytes
 
@@ -188,14 +204,17 @@ def _run_of_blocks(form: Form, kind: int, n: int):
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     wide = 2 if pairs else 1  # blocks of activations beside one of codes
     add_first, add_second = (_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
+    low_read = parts * low_bytes if own_zero or minimum else 0
+    streams = block_bytes, parts * scale_bytes, low_read
+    ask_codes, ask_scale, ask_low = (_ask_ahead(size, block_bytes, n) for size in streams)
 
-    @register_jitable
+    @jitable
     def load_group(scale, low):
         s = load_scale(scale)
         zero = load_unsigned(low) if own_zero else every(offset)
         return s, zero, load_halves(low) if minimum else zero
 
-    @register_jitable(forceinline=True)
+    @jitable(forceinline=True)
     def add_run(total, row, blocks, per, code, scale, low, x, steps, sums, table):
         """row : number of the run; each has `blocks` blocks of activations. Addresses: codes, scales and lows of run 0;
         activations, their steps and sums where the run begins."""
@@ -205,7 +224,10 @@ def _run_of_blocks(form: Form, kind: int, n: int):
         low += row * groups * parts * low_bytes
         for _ in range(groups):
             s, zero, lowest = load_group(scale, low)
+            ask_scale(scale)
+            ask_low(low)
             for _ in range(per):
+                ask_codes(code)
                 step = splats(steps, n)
                 total = add_first(total, code, x, step, sums, s, zero, lowest, table)
                 if two:
@@ -303,7 +325,10 @@ def _levels_text(form: Form, kind: int, n: int):
     code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
     x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
     sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
+    low_levels = form.low == "levels"
     add_super = (_integer_super if integers else _float_super)(form, n)
+    streams = level_bytes, level_bytes if low_levels else 0, top_bytes
+    ask_levels, ask_lowest, ask_tops = (_ask_ahead(size, code_bytes, n) for size in streams)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
@@ -318,6 +343,9 @@ def _levels_text(form: Form, kind: int, n: int):
                     at = panel * supers
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
                     for _ in range(supers):
+                        ask_levels(level)
+                        ask_lowest(lowest)
+                        ask_tops(top)
                         total = add_super(total, code, level, lowest, top, some, steps, sums)
                         code, top = code + code_bytes, top + top_bytes
                         level, lowest = level + level_bytes, lowest + level_bytes
@@ -334,12 +362,14 @@ def _float_super(form: Form, n: int):
         SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
     )  # fmt: skip
     add_first, add_second = (_products(form, FLOAT, n, part) for part in (0, form.parts - 1))
+    ask_codes = _ask_ahead(block_bytes, block_bytes, n)
 
-    @register_jitable(forceinline=True)
+    @jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):
         zero, table, d = every(offset), every(0), load_halves(top)
         dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
         for _ in range(above):
+            ask_codes(code)
             step = splats(steps, n)
             s = times(d, load_signed(level))
             m = times(dmin, load_unsigned(lowest)) if low_levels else s
@@ -361,12 +391,13 @@ def _integer_super(form: Form, n: int):
     x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
     shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
     add_first, add_second = (level_products(form, part, n, _begins(form, True)) for part in (0, form.parts - 1))
-    scaled = super_block_product(form, n)
+    scaled, ask_codes = super_block_product(form, n), _ask_ahead(block_bytes, block_bytes, n)
 
-    @register_jitable(forceinline=True)
+    @jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):
         whole, begin, shift = whole_zeros(n), sums, sums + shifts_at
         for _ in range(above):
+            ask_codes(code)
             whole = add_first(whole, code, x, begin + first_sums, level, shift)
             if two:
                 whole = add_second(whole, code, x, begin + second_sums, level + ROWS, shift)
@@ -427,7 +458,7 @@ def _vectors_text(form: Form, n: int):
     return tile_product
 
 
-@register_jitable
+@jitable
 def _amax(x, columns):
     """The largest magnitude of `columns` floats (a multiple of 32): of any NaN is one."""
     even, odd = magnitude_bits(load_floats(x)), magnitude_bits(load_floats(x + 64))
@@ -437,13 +468,13 @@ def _amax(x, columns):
     return largest_of_bits(larger_bits(even, odd))
 
 
-@register_jitable
+@jitable
 def _halves(source, known):
     """A block of activations; zeros for a token that fills a panel up."""
     return (load_floats(source), load_floats(source + 64)) if known else (every(0), every(0))
 
 
-@register_jitable
+@jitable
 def _store_rounded(x, low, high, scale, most):
     """A block's codes; returns the sums of their halves."""
     # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
@@ -452,7 +483,7 @@ def _store_rounded(x, low, high, scale, most):
     return first, store_codes(x + BLOCK // 2, nearest(divide(high, divisor)), most)
 
 
-@register_jitable
+@jitable
 def _store_begins(sums, n, offset, first, second):
     """What the sums of a product begin with."""
     store_whole(sums, -offset * (first + second))
@@ -460,14 +491,14 @@ def _store_begins(sums, n, offset, first, second):
     store_whole(sums + 8 * n, -offset * second)
 
 
-@register_jitable
+@jitable
 def _store_sums(sums, n, first, second):
     store_float(sums, first + second)
     store_float(sums + 4 * n, first)
     store_float(sums + 8 * n, second)
 
 
-@register_jitable
+@jitable
 def _lay_super(source, known, n, most, offset, x, x_scale, sums):
     """A super-block of one token; reference: quantize_shifted."""
     amax = _amax(source, SUPER) if known else np.float32(0)

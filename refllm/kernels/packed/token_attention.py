@@ -9,9 +9,8 @@ from functools import cache
 
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
 
-from refllm.kernels.packed.compile import compile_address
+from refllm.kernels.packed.compile import compile_address, jitable
 from refllm.kernels.packed.lanes import (
     WIDE,
     divide,
@@ -51,13 +50,13 @@ KEYS = COLUMNS = 4 if "+avx512f" in target_features() else 2  # keys, or vectors
 AGAIN = 64  # values that stay in the first-level cache while their columns are added
 
 
-@register_jitable
+@jitable
 def tanh(x):
     """1 - 2 / (e^2x + 1)."""
     return plus(wide_every(1), divide(wide_every(-2), plus(exponential(plus(x, x)), wide_every(1))))
 
 
-@register_jitable
+@jitable
 def soften(scores, count, cap):
     """Softmax without its division, in place: e^(score - largest), soft-capped before; returns the sum.
 
@@ -88,7 +87,7 @@ def words(n: int):
     def dot_some(together: int):
         sums = n * together
 
-        @register_jitable
+        @jitable
         def dot_run(queries, keys, first, last, dim, scores, room):
             """dot_keys for first <= i < last, `together` keys at once."""
             for i in range(first, last, together):
@@ -102,7 +101,7 @@ def words(n: int):
 
     dot_several, dot_one = dot_some(KEYS), dot_some(1)
 
-    @register_jitable
+    @jitable
     def dot_keys(queries, keys, count, dim, scores, room):
         """scores[h, i] = query h . key i; queries (n, dim) and scores (n, room) float64, keys (count, dim) float32."""
         together = count // KEYS * KEYS
@@ -115,7 +114,7 @@ def words(n: int):
                     store_double(at, load_double(at) + load_double(queries + 8 * (dim * h + c)) * key)
 
     def add_some(columns: int):
-        @register_jitable
+        @jitable
         def add_run(shares, room, values, first, last, dim, c, sums):
             """add_values for first <= i < last and `columns` vectors of columns from c on."""
             total = double_grid(sums + 8 * c, 8 * dim, n, columns)
@@ -128,7 +127,7 @@ def words(n: int):
 
     add_several, add_one = add_some(COLUMNS), add_some(1)
 
-    @register_jitable
+    @jitable
     def add_values(shares, room, values, count, dim, sums):
         """sums[h] += sum over i of shares[h, i] * value i; shares (n, room) and sums (n, dim) float64."""
         for first in range(0, count, AGAIN):
@@ -149,7 +148,7 @@ def words(n: int):
     return dot_keys, add_values
 
 
-@register_jitable
+@jitable
 def scale_up(x, count, factor, out):
     """out = factor * x, float64 from float32."""
     whole = count // LANES * LANES
@@ -159,7 +158,7 @@ def scale_up(x, count, factor, out):
         store_double(out + 8 * i, factor * np.float64(load_float(x + 4 * i)))
 
 
-@register_jitable
+@jitable
 def clear(sums, count):
     """sums = 0, float64."""
     whole = count // WIDE * WIDE
@@ -169,7 +168,7 @@ def clear(sums, count):
         store_double(sums + 8 * i, 0.0)
 
 
-@register_jitable
+@jitable
 def finish(sums, count, total, out):
     """out = sums / total, float32 from float64."""
     whole = count // LANES * LANES
@@ -179,13 +178,19 @@ def finish(sums, count, total, out):
         store_float(out + 4 * i, np.float32(load_double(sums + 8 * i) / total))
 
 
+@jitable
+def attention_room(count):
+    """Places for the scores of so many tokens, whichever the first is that is seen: softmax works on whole vectors."""
+    return (count + 2 * WIDE - 1) // WIDE * WIDE
+
+
 def _attend_text(n: int):
     """Attention of one token in n heads that share keys and values."""
     dot_keys, add_values = words(n)
 
     def attend_together(queries, keys, values, count, dim, own, out):
         scale, cap = load_double(own), load_double(own + 8)
-        room = (count + WIDE - 1) // WIDE * WIDE
+        room = attention_room(count)
         wide = own + 8 * KNOBS
         sums, scores = wide + 8 * n * dim, wide + 16 * n * dim
         scale_up(queries, n * dim, scale, wide)
@@ -210,7 +215,7 @@ def attend_address(n: int) -> int:
     return compile_address(_attend_text(n), types.void(*[types.intp] * 7), f"_{n}")
 
 
-@register_jitable
+@jitable
 def heads_together(head, last, per_group):
     """Heads from `head` on, before `last`, that one call takes: those that share keys and values."""
     return min(per_group - head % per_group, last - head, MOST)
@@ -234,5 +239,5 @@ def needed(heads: int, per_group: int, threads: int) -> set[int]:
 
 
 def own_doubles(n: int, dim: int, count: int) -> int:
-    """Float64 numbers that attention of n heads over so many tokens needs: knobs, queries, sums, scores."""
-    return KNOBS + n * (2 * dim + count + WIDE)
+    """Float64 numbers that attention of n heads over so many tokens needs: knobs, queries (twice), sums, scores."""
+    return KNOBS + n * (3 * dim + count + 2 * WIDE)

@@ -3,9 +3,9 @@
 from functools import cache
 
 import numpy as np
-from numba.extending import register_jitable
 
 from refllm.kernels.hadamard import base_of
+from refllm.kernels.packed.compile import jitable
 from refllm.kernels.packed.lanes import (
     every,
     fma,
@@ -25,7 +25,7 @@ def turn_matrix(n: int) -> np.ndarray:
     return np.ascontiguousarray(base_of(n).T * n**-0.5, np.float32)
 
 
-@register_jitable
+@jitable
 def turn(x, width, inner, base, matrix, scratch):
     """x = x (H (x) I_inner) / sqrt(n), in place; n = width / inner.
 

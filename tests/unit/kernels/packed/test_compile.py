@@ -107,3 +107,29 @@ def test_the_folder_names_all_that_machine_code_depends_on(monkeypatch, tmp_path
 def test_a_processor_without_any_extension(tmp_path):
     """Numba's generic target has no FMA, no float16 conversion, no byte product: the portable words run."""
     run(tmp_path, NUMBA_CPU_NAME="generic")
+
+
+_ONE_OF_THREE = """
+import sys
+import numpy as np
+from refllm.kernels.packed.kv_attention import attend_packed
+for heads in map(int, sys.argv[1:]):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape, np.float32) for shape in ((heads, 16), (1, 21, 16), (1, 21, 16)))
+    nothing = (None, None, None)
+    y = attend_packed(q, (*nothing, k), (*nothing, v), bits=2, group=16, residual=32, scale=0.5)
+    shares = np.exp(0.5 * q @ k[0].T)
+    assert np.abs(y - shares @ v[0] / shares.sum(axis=1, keepdims=True)).max() < 1e-5, heads
+"""
+
+
+def test_kernels_of_one_text_from_several_processes_do_not_take_each_others_parts(tmp_path):
+    """Parts are linked by name, and Numba numbers names by process."""
+    for heads in (["1"], ["3"], ["1", "3"]):
+        done = subprocess.run(
+            [sys.executable, "-c", _ONE_OF_THREE, *heads],
+            env=os.environ | {"REFLLM_CACHE": str(tmp_path), "NUMBA_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-500:]
