@@ -364,34 +364,63 @@ def _learn(
             weights = cache_sensitivity(model, ids, pre_rope=True)
         except ValueError as error:
             raise ValueError(f"{error}; kvquant needs no gradients with fisher=false") from error
-    if seen[0][0].shape[2] <= sinks:
-        raise ValueError(f"kvquant leaves out {sinks} tokens of a window and is left with none: give longer text")
     found = {}
-    for layer, (sides, minded) in enumerate(zip(seen, weights, strict=True)):
-        K, V = (_calibration_rows(x, sinks).astype(np.float64) for x in sides)
-        k_range = percentiles(K, outliers)
-        v_range = np.quantile(V, [outliers / 2, 1 - outliers / 2], axis=-1, keepdims=True)
-        found[f"{layer}.k_range"] = k_range
-        for side, x, limits, squares in (("k", K, k_range, minded[0]), ("v", V, v_range, minded[1])):
-            offset, spread = middle(limits)
-            inside = (x >= limits[0]) & (x <= limits[1]) & (spread > 0)
-            u = (np.where(inside, x - offset, 0) / np.where(spread > 0, spread, 1))[inside]
-            squares = np.ones(x.shape) if squares is None else _calibration_rows(squares, sinks)
-            if not squares.any():
-                what = {"k": "keys", "v": "values"}[side]
+    for layer, (sides, squares) in enumerate(zip(seen, weights, strict=True)):
+        for what, of_side in zip(("keys", "values"), squares, strict=True):
+            if of_side is not None and not of_side[:, :, sinks:].any():
                 raise ValueError(
                     f"kvquant: the loss does not depend on the {what} of layer {layer}: give more text, or fisher=false"
                 )
-            found[f"{layer}.{side}_table"] = fit_table(u, squares[inside].astype(np.float64), bits, norm)
+        tables = layer_tables(*sides, *squares, bits=bits, outliers=outliers, sinks=sinks, norm=norm)
+        found |= {f"{layer}.{name}": table for name, table in tables.items()}
     return found
 
 
 kvquant.learn = _learn
 
 
+def layer_tables(
+    k, v, k_squares=None, v_squares=None, *, bits: int, outliers: float, sinks: int = 0, norm: bool = False
+) -> dict[str, np.ndarray]:
+    """What a layer's store needs, from what its cache was handed on a calibration text.
+
+    Parameters
+    ----------
+    k : (windows, Hk, tokens, D), v : (windows, Hk, tokens, Dv) float
+        Keys before RoPE.
+    k_squares, v_squares : of the same shapes, optional
+        Squared gradients of the loss; None: all numbers weigh the same.
+    bits, outliers, sinks, norm :
+        As in `kvquant`.
+
+    Returns
+    -------
+    dict
+        k_range, k_table, v_table, as in `kvquant`.
+
+    Raises
+    ------
+    ValueError
+        Windows no longer than `sinks`, keys too large for float16.
+    """
+    if k.shape[2] <= sinks:
+        raise ValueError(f"kvquant leaves out {sinks} tokens of a window and is left with none: give longer text")
+    x = {side: _calibration_rows(numbers, sinks) for side, numbers in (("k", k), ("v", v))}
+    k_range = percentiles(x["k"], outliers)
+    limits = {"k": k_range, "v": np.quantile(x["v"], [outliers / 2, 1 - outliers / 2], axis=-1, keepdims=True)}
+    found = {"k_range": k_range}
+    for side, squares in (("k", k_squares), ("v", v_squares)):
+        offset, spread = middle(limits[side])
+        inside = (x[side] >= limits[side][0]) & (x[side] <= limits[side][1]) & (spread > 0)
+        u = (x[side] - offset)[inside] / np.broadcast_to(spread, inside.shape)[inside]
+        weights = np.ones(u.size) if squares is None else _calibration_rows(squares, sinks)[inside]
+        found[f"{side}_table"] = fit_table(u, weights, bits, norm)
+    return found
+
+
 def _calibration_rows(x: np.ndarray, sinks: int) -> np.ndarray:
-    """(windows, Hk, tokens, D) -> (n, Hk * D), without the first tokens of every window."""
-    rows = token_rows(x[:, :, sinks:])
+    """(windows, Hk, tokens, D) -> (n, Hk * D) float64, without the first tokens of every window."""
+    rows = token_rows(x[:, :, sinks:]).astype(np.float64)
     return rows.reshape(-1, rows.shape[-1])
 
 
