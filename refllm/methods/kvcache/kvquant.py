@@ -30,7 +30,7 @@ tokens in full. The weights are gradients by x, not by u, as there.
 Stage: memory, decode
 Inventory: 46
 Lesson: lessons/30-learned-caches.md
-Golden: kvcache/kvquant
+Golden: kvcache/kvquant, kvcache/kvquant_learn
 """
 
 import numpy as np
