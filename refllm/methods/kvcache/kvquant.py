@@ -474,9 +474,10 @@ def fit_table(u: np.ndarray, weights: np.ndarray, bits: int, norm: bool = False)
 
     Examples
     --------
-    >>> u, weights = np.array([-1.0, -0.5, 0.5, 1.0, 0.25]), np.array([1.0, 1.0, 1.0, 3.0, 0.0])
-    >>> fit_table(u, weights, bits=1, norm=True).tolist()
-    [[-0.75, 0.875], [-0.699999988079071, 0.800000011920929]]
+    >>> fit_table(np.array([-1.0, -0.5, 0.5, 1.0]), np.array([1.0, 1.0, 1.0, 3.0]), bits=1).tolist()
+    [[-0.75, 0.875]]
+    >>> fit_table(np.array([-1.0, -0.5, 0.5, 1.0]), np.ones(4), bits=1, norm=True).round(3).tolist()
+    [[-0.75, 0.75], [-0.7910000085830688, 0.7910000085830688]]
     """
     if not u.size:
         return np.repeat(np.linspace(-1, 1, 1 << bits, dtype=np.float32)[None], 1 + norm, axis=0)
