@@ -3,7 +3,7 @@
 BUGS: {op: {mistake: the flag that must be among the failing ones}}. `mutant(None)` has no mistake.
 """
 
-from itertools import product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 
@@ -47,6 +47,38 @@ BUGS = {
         "signs_of_x": "Signs",
         "root_of_d_for_signs": "Constant",
         "high_code_first": "Packed",
+    },
+    "kvcache.kvquant": {
+        "channel_after_channel": "Channels",
+        "own_limits_for_keys": "Offline",
+        "a_limit_is_beyond": "Strict",
+        "a_percentile_is_within": "Inclusive",
+        "outliers_in_the_range": "Range",
+        "offset_forgotten": "Offset",
+        "x_is_stored": "Offset",
+        "entry_under_an_outlier": "Zero",
+        "outliers_by_channel": "Order",
+        "high_code_first": "Packed",
+        "exact_offset": "Stored",
+        "one_table": "Norm",
+        "decoding_row_decides": "Norm",
+        "no_cap": "Cap",
+        "cap_by_size": "Cap",
+        "equal_numbers_apart": "Constant",
+        "upper_entry_halfway": "Ties",
+        "ends_are_outliers": "NoOutliers",
+    },
+    "kvcache.kvquant.learn": {
+        "all_at_each_end": "Percentile",
+        "nearest_number": "Percentile",
+        "values_by_channel": "Sides",
+        "keys_by_token": "Sides",
+        "no_weights": "Fisher",
+        "outliers_at_the_ends": "Inliers",
+        "nearest_float16": "Outwards",
+        "first_tokens_count": "Sinks",
+        "ratio_upside_down": "Norm",
+        "mean_forgotten": "Norm",
     },
 }
 
@@ -185,9 +217,99 @@ def turboquant(bug, x, rotation, s, bits):
     }
 
 
+def kvquant(bug, x, k_range, k_table, v_table, bits, outliers, cap):
+    order = (1, 2, 0) if bug == "channel_after_channel" else (1, 0, 2)
+    x = x.transpose(order).reshape(x.shape[1], -1)
+    q = np.array([outliers / 2, 1 - outliers / 2])
+    low, high = np.quantile(x, q, axis=0) if bug == "own_limits_for_keys" else k_range
+    offset, spread = (low + high) / 2, (high - low) / 2
+    sides = (x >= high, x <= low) if bug == "a_limit_is_beyond" else (x > high, x < low)
+    far = np.abs(x - offset) / (1 if bug == "cap_by_size" else spread)
+    if cap and bug != "no_cap":
+        sides = [s & (np.argsort(np.argsort(np.where(s, -far, 1), axis=1), axis=1) < cap) for s in sides]
+    apart = (sides[0] | sides[1]) & (outliers > 0)
+    found = _kvquant_side("k_", bug, x, apart, offset, spread, k_table, bits)
+
+    low, high = np.quantile(x, q, axis=1, keepdims=True)
+    apart = (x < low) | (x > high) if bug == "a_percentile_is_within" else (x <= low) | (x >= high)
+    median = np.sort(x, axis=1)[:, [(x.shape[1] - 1) // 2]]
+    if bug != "equal_numbers_apart":
+        apart &= x != median
+    apart &= (outliers > 0) | (bug == "ends_are_outliers")
+    rest = x if bug == "outliers_in_the_range" else np.where(apart, median, x)
+    low, high = rest.min(axis=1, keepdims=True), rest.max(axis=1, keepdims=True)
+    stored = [a.astype(np.float16) for a in ((low + high) / 2, (high - low) / 2)]
+    used = ((low + high) / 2, (high - low) / 2) if bug == "exact_offset" else [a.astype(np.float64) for a in stored]
+    found |= _kvquant_side("v_", bug, x, apart, *used, v_table, bits)
+    return found | {"v_offset": stored[0][:, 0], "v_spread": stored[1][:, 0]}
+
+
+def _kvquant_side(side, bug, x, apart, offset, spread, table, bits):
+    u = np.where(spread > 0, (x - offset) / np.where(spread > 0, spread, 1), -9)
+    first = table[-1] if bug == "decoding_row_decides" else table[0]
+    distance = np.abs(u[..., None] - first)
+    codes = distance.argmin(axis=-1)
+    if bug == "upper_entry_halfway":
+        codes = len(first) - 1 - distance[..., ::-1].argmin(axis=-1)
+    codes = np.where(apart | (spread == 0), 0, codes)
+    back = table[0 if bug == "one_table" else -1][codes] * spread
+    rest = (x - (0 if bug == "x_is_stored" else offset)).astype(np.float16)
+    back = np.where(apart, rest + (back if bug == "entry_under_an_outlier" else 0), back)
+    hat = back + np.where(apart & (bug == "offset_forgotten"), 0, offset)
+    turned = (lambda a: a.T) if bug == "outliers_by_channel" else (lambda a: a)
+    found = {"counts": apart.sum(axis=1).astype(np.uint8), "hat": hat.astype(np.float32)}
+    places = np.broadcast_to(np.arange(x.shape[1], dtype=np.uint8), x.shape)
+    found |= {"codes": packed(bug, codes, bits), "rest": turned(rest)[turned(apart)]}
+    return {side + name: a for name, a in (found | {"places": turned(places)[turned(apart)]}).items()}
+
+
+def kvquant_learn(bug, k, v, k_squares, v_squares, bits, outliers, sinks, norm):
+    skipped = 0 if bug == "first_tokens_count" else sinks
+    rows = lambda a: a[:, :, skipped:].swapaxes(1, 2).reshape(-1, a.shape[1] * a.shape[3])
+    k, v, fk, fv = map(rows, (k, v, k_squares, v_squares))
+    tail = outliers if bug == "all_at_each_end" else outliers / 2
+    method = "nearest" if bug == "nearest_number" else "linear"
+    limits = lambda x, axis: np.quantile(x, [tail, 1 - tail], axis=axis, keepdims=True, method=method)
+    low, high = limits(k, 0)
+    k_range = np.stack([low[0], high[0]]).astype(np.float16)
+    if bug != "nearest_float16":
+        k_range[0] = np.where(k_range[0] > low[0], np.nextafter(k_range[0], np.float16(-np.inf)), k_range[0])
+        k_range[1] = np.where(k_range[1] < high[0], np.nextafter(k_range[1], np.float16(np.inf)), k_range[1])
+    k_limits = limits(k, 1) if bug == "keys_by_token" else k_range.astype(np.float64)
+    v_limits = limits(v, 0 if bug == "values_by_channel" else 1)
+    tables = {}
+    for name, x, squares, (low, high) in (("k_table", k, fk, k_limits), ("v_table", v, fv, v_limits)):
+        u = (x - (low + high) / 2) / ((high - low) / 2)
+        kept = np.abs(u) <= 1
+        if bug == "outliers_at_the_ends":
+            u, kept = np.clip(u, -1, 1), np.ones(u.shape, bool)
+        weights = np.ones(kept.sum()) if bug == "no_weights" else squares[kept]
+        tables[name] = _kvquant_table(bug, u[kept], weights, 1 << bits, norm).astype(np.float32)
+    return tables | {"k_range": k_range}
+
+
+def _kvquant_table(bug, u, weights, clusters, norm):
+    order = np.argsort(u)
+    x, w = u[order], weights[order]
+
+    def means(cuts):
+        return [np.average(x[i:j], weights=w[i:j]) for i, j in pairwise((0, *cuts, len(x)))]
+
+    cost = lambda table: (w * ((x[:, None] - np.array(table)) ** 2).min(axis=1)).sum()
+    table = np.array(min(map(means, combinations(range(1, len(x)), clusters - 1)), key=cost))
+    if not norm:
+        return table[None]
+    coded = table[np.abs(u[:, None] - table).argmin(axis=1)]
+    ratio = coded.std() / u.std() if bug == "ratio_upside_down" else u.std() / coded.std()
+    middle = 0 if bug == "mean_forgotten" else coded.mean()
+    return np.stack([table, (table - middle) * ratio + u.mean()])
+
+
 _OPS = {
     "kvcache.qserve": qserve,
     "kvcache.llmqat": llmqat,
     "kvcache.kvtuner": kvtuner,
     "kvcache.turboquant": turboquant,
+    "kvcache.kvquant": kvquant,
+    "kvcache.kvquant.learn": kvquant_learn,
 }

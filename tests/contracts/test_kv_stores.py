@@ -26,6 +26,7 @@ COMPRESSING = {
     "cla": dict(),
     "qserve": dict(),
     "llmqat": dict(bits=3, recent=5),
+    "kvquant": dict(outliers=0.1, recent=3),
     "kvtuner": dict(pairs="4.2/2.2"),
     "turboquant": dict(bits=3, recent=3),
 }
@@ -41,12 +42,15 @@ KEEPING = {
     "cla": dict(share=1),
     "qserve": dict(recent=128),
     "llmqat": dict(recent=128),
+    "kvquant": dict(recent=128),
     "kvtuner": dict(pairs="8.8", recent=128),
     "turboquant": dict(recent=128),
 }
+# What methods have learned of a model whose caches look like the ones here.
+TABLES = {name: getattr(kvcache, name).learn(random_model(), np.arange(64)) for name in ("kvquant",)}
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "kvquant"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)
@@ -85,7 +89,8 @@ class Pair:
 
 
 def store_of(name, knobs, prompt=None):
-    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name])
+    more = {"tables": TABLES[name]} if name in TABLES else {}
+    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name], **more)
     return with_prompt(Pair(make) if name in CROSS_LAYER else make(0), prompt)
 
 

@@ -52,9 +52,30 @@ def _turboquant(params: dict, x: np.ndarray, rotation: np.ndarray, s: np.ndarray
     return packed | {"norm": norm, "residual": residual.astype(np.float64)} | backs
 
 
+def _kvquant(params: dict, x: np.ndarray, k_range, k_table, v_table) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.kvquant import kvquant, token_rows
+
+    tables = {"0.k_range": k_range, "0.k_table": k_table, "0.v_table": v_table}
+    store = kvquant(0, **params, sinks=0, norm=len(k_table) == 2, tables=tables)
+    tokens = x.shape[-2]
+    store.extend(x, x, np.arange(tokens))
+    parts = {name: part.copy() for name, part in store.parts().items()}
+    K, V, _ = store.extend(x[:, :1], x[:, :1], np.array([tokens]))
+    one_a_token = {n: parts[n][:, 0] for n in ("k_counts", "v_counts", "v_offset", "v_spread") if n in parts}
+    return parts | one_a_token | {"k_hat": token_rows(K)[:tokens], "v_hat": token_rows(V)[:tokens]}
+
+
+def _kvquant_learn(params: dict, **inputs) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.kvquant import layer_tables
+
+    return layer_tables(**inputs, **params)
+
+
 OPS = {
     "kvcache.qserve": _qserve,
     "kvcache.llmqat": _llmqat,
     "kvcache.kvtuner": _kvtuner,
     "kvcache.turboquant": _turboquant,
+    "kvcache.kvquant": _kvquant,
+    "kvcache.kvquant.learn": _kvquant_learn,
 }

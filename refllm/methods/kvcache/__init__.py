@@ -4,6 +4,7 @@ from refllm.methods.kvcache.cla import cla as cla
 from refllm.methods.kvcache.freekv import freekv as freekv
 from refllm.methods.kvcache.h2o import h2o as h2o
 from refllm.methods.kvcache.kivi import kivi as kivi
+from refllm.methods.kvcache.kvquant import kvquant as kvquant
 from refllm.methods.kvcache.kvtuner import kvtuner as kvtuner
 from refllm.methods.kvcache.llmqat import llmqat as llmqat
 from refllm.methods.kvcache.minicache import minicache as minicache
@@ -19,6 +20,7 @@ __all__ = [
     "freekv",
     "h2o",
     "kivi",
+    "kvquant",
     "kvtuner",
     "llmqat",
     "minicache",

@@ -15,7 +15,8 @@ class CodedStore:
     """A store of the protocol in `refllm.model.cache`.
 
     A method has `_encode(side, x)`, which gives a dict of arrays (..., tokens, n), and `_decode(side, arrays, dtype)`,
-    which gives (..., Hk, tokens, D) of them; `side` is "k" or "v".
+    which gives (..., Hk, tokens, D) of them; `side` is "k" or "v". What tokens have different numbers of comes token by
+    token in arrays of one axis, behind an array of the others, and `_end` says where a token's numbers end.
 
     Parameters
     ----------
@@ -111,6 +112,10 @@ class CodedStore:
     def _check_width(self, side: str, shape: tuple[int, ...]) -> None:
         """Raise a ValueError for a (..., Hk, T, D) that cannot be coded."""
 
+    def _end(self, side: str, name: str, tokens: int) -> int:
+        """Where the first `tokens` coded ones end along the axis that an array of codes grows on."""
+        return tokens
+
     def _due(self, until: int) -> int:
         """Tokens in full that are to be coded, of those before `until`."""
         return max(0, until - self._sinks["k"].count - self.coded)
@@ -123,7 +128,7 @@ class CodedStore:
         for side in "kv":
             full = self._full[side]
             for name, array in self._encode(side, full.view[..., :due, :]).items():
-                self._codes[side].setdefault(name, Growing(-2)).append(array)
+                self._codes[side].setdefault(name, Growing(-min(array.ndim, 2))).append(array)
             full.drop(due)
 
     def _seen(self, side: str, dtype) -> np.ndarray:
@@ -163,8 +168,8 @@ class CodedStore:
         settled = sinks + self.coded
         for side in "kv":
             self._sinks[side].cut(length)
-            for grown in self._codes[side].values():
-                grown.cut(max(0, length - sinks))
+            for name, grown in self._codes[side].items():
+                grown.cut(self._end(side, name, max(0, length - sinks)))
             self._full[side].cut(max(0, length - settled))
         self.length = length
 
