@@ -28,6 +28,7 @@ COMPRESSING = {
     "llmqat": dict(bits=3, recent=5),
     "kvtuner": dict(pairs="4.2/2.2"),
     "turboquant": dict(bits=3, recent=3),
+    "rotatekv": dict(bits=3, group_size=8, sinks=2, recent=3),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -43,10 +44,16 @@ KEEPING = {
     "llmqat": dict(recent=128),
     "kvtuner": dict(pairs="8.8", recent=128),
     "turboquant": dict(recent=128),
+    "rotatekv": dict(recent=128),
+}
+# What a recipe would have learned, for two layers of two heads of width 8.
+_ORDER = np.random.default_rng(0).permutation(16).astype(np.uint16)
+TABLES = {
+    "rotatekv": {f"{layer}.order": _ORDER for layer in range(2)},
 }
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "rotatekv"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)
@@ -85,7 +92,8 @@ class Pair:
 
 
 def store_of(name, knobs, prompt=None):
-    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name])
+    more = {"tables": TABLES[name]} if name in TABLES else {}
+    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name], **more)
     return with_prompt(Pair(make) if name in CROSS_LAYER else make(0), prompt)
 
 

@@ -52,9 +52,23 @@ def _turboquant(params: dict, x: np.ndarray, rotation: np.ndarray, s: np.ndarray
     return packed | {"norm": norm, "residual": residual.astype(np.float64)} | backs
 
 
+def _rotatekv(params: dict, x: np.ndarray, text: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.rotatekv import channel_order, rotatekv
+
+    side, heads = params["side"], params.get("heads", 4)
+    order = channel_order(x if text is None else text, heads)
+    knobs = {name: params[name] for name in ("bits", "group_size", "heads") if name in params}
+    store = rotatekv(0, **knobs, sinks=0, tables={"0.order": order})
+    keys, of_values, _ = store.extend(x, x, np.arange(x.shape[-2]))
+    parts = store.parts()
+    found = {name: parts[f"{side}_{name}"] for name in ("codes", "scale", "low")}
+    return found | {"order": order, "x_hat": keys if side == "k" else of_values}
+
+
 OPS = {
     "kvcache.qserve": _qserve,
     "kvcache.llmqat": _llmqat,
     "kvcache.kvtuner": _kvtuner,
     "kvcache.turboquant": _turboquant,
+    "kvcache.rotatekv": _rotatekv,
 }
