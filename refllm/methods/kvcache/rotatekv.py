@@ -136,7 +136,7 @@ class RotateKVStore(CodedStore):
                     f"rotatekv has an order of {len(self.order)} channels, got {Hk} heads of {D}: learn it again"
                 )
             D *= together(Hk, self.heads)
-        check_hadamard(D, f"what is turned of a {side}")
+        check_hadamard(D, f"what rotatekv turns of a {side}")
         if D > WIDEST:
             raise ValueError(f"rotatekv turns up to {WIDEST} channels together, got {D}: take fewer heads")
 
@@ -218,6 +218,7 @@ def channel_order(K: np.ndarray, heads: int) -> np.ndarray:
     >>> channel_order(np.array([[[1.0, 3.0]], [[9.0, 2.0]]]), heads=1).tolist()
     [1, 0, 3, 2]
     """
+    check_hadamard(together(K.shape[-3], heads) * K.shape[-1], "what rotatekv turns of a key")
     rows = turn_keys(K.astype(np.float64), heads)
     sums = rows.reshape(-1, rows.shape[-1]).sum(axis=0)
     return np.argsort(sums, kind="stable").astype(np.uint16)

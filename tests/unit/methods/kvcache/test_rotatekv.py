@@ -201,6 +201,8 @@ def test_learning_gives_the_order_of_every_layer():
         np.testing.assert_array_equal(tables[f"{layer}.order"], channel_order(K, 4))
     assert not np.array_equal(*tables.values())
     assert not np.array_equal(tables["0.order"], rotatekv.learn(model, IDS, heads=1)["0.order"])
+    with pytest.raises(ValueError, match="what rotatekv turns of a key is 6 wide"):
+        rotatekv.learn(random_model("deepseek_v3"), IDS)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_store_unchanged():
     before = {name: part.copy() for name, part in store.parts().items()}
     for k, v, message in (
         (x[:, :1], x[:, :1], "order of 16 channels, got 1 heads of 8: learn it again"),
-        (x, x[..., :6], "what is turned of a value is 6 wide"),
+        (x, x[..., :6], "what rotatekv turns of a value is 6 wide"),
         (x * np.float32(np.nan), x, "finite and at most 2000"),
         (x, x * np.float32(2001), "finite and at most 2000"),
         (x.astype(np.float64), x, "stay as in the first call"),
