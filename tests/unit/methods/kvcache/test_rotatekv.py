@@ -175,6 +175,24 @@ def test_sinks_come_back_to_the_bit_and_a_call_sees_its_own_tokens_coded():
         assert (K[..., 4:, :] != k[..., 4:, :]).mean() > 0.9 and (V[..., 4:, :] != v[..., 4:, :]).mean() > 0.9
 
 
+@pytest.mark.parametrize("D", [8, 12, 20])
+def test_eight_bits_are_nearly_exact_at_widths_of_every_construction(D):
+    """Hadamard matrices of 12 and 20 are not symmetric: turning back is another product than turning."""
+    k, v = np.random.default_rng(8).normal(size=(2, 1, 4, 7, D)).astype(np.float32)
+    K, V, _ = of(shuffled(4 * D), bits=8, sinks=0).extend(k, v, np.arange(7))
+    assert np.abs(K - k).max() < 0.05 and np.abs(V - v).max() < 0.05
+
+
+def test_keys_are_stored_before_the_rotation():
+    model = random_model()
+    small = refllm.compress(model, "rotatekv:sinks=3", IDS)
+    cache = new_cache(small)
+    forward(small, IDS[:5], cache=cache)
+    (K, V), *_ = cached_values(model, IDS[:5], pre_rope=True)
+    np.testing.assert_array_equal(cache.stores[0].parts()["k_sinks"], K[..., :3, :])
+    np.testing.assert_array_equal(cache.stores[0].parts()["v_sinks"], V[..., :3, :])
+
+
 def error(k, order, heads):
     store = of(order, bits=2, heads=heads, group_size=32, sinks=0)
     return np.square(store.extend(k, k, np.arange(k.shape[-2]))[0] - k).sum() / np.square(k).sum()
