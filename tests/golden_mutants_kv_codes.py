@@ -80,6 +80,19 @@ BUGS = {
         "ratio_upside_down": "Norm",
         "mean_forgotten": "Norm",
     },
+    "kvcache.rotatekv": {
+        "each_head_alone": "Heads",
+        "by_magnitude": "Order",
+        "equal_ones_backwards": "Equal",
+        "order_again": "Inverse",
+        "no_clip": "Clip",
+        "clip_towards_zero": "Middle",
+        "divide_by_bits_squared": "Divisor",
+        "low_to_nearest": "Low",
+        "scale_one_where_constant": "Constant",
+        "values_together": "Values",
+        "high_code_first": "Packed",
+    },
 }
 
 
@@ -305,6 +318,54 @@ def _kvquant_table(bug, u, weights, clusters, norm):
     return np.stack([table, (table - middle) * ratio + u.mean()])
 
 
+def spread(x, size):
+    """Every `size` neighbours times a Hadamard matrix over the root of its size."""
+    at = np.arange(size)
+    H = 1 - 2.0 * (np.bitwise_count(at[:, None] & at) % 2)
+    return (x.reshape(*x.shape[:-1], -1, size) @ H / np.sqrt(size)).reshape(x.shape).astype(x.dtype)
+
+
+def rotatekv(bug, x, side, bits, text=None, group_size=None, heads=1):
+    Hk, tokens, D = x.shape
+    if bug == "each_head_alone":
+        heads = 1
+    rows = lambda k: spread(k.swapaxes(0, 1).reshape(k.shape[1], -1), heads * D)
+    if side == "k":
+        sums = rows(text).sum(axis=0)
+        sums = np.abs(sums) if bug == "by_magnitude" else sums
+        order = np.argsort(sums, kind="stable")
+        if bug == "equal_ones_backwards":
+            order = len(sums) - 1 - np.argsort(sums[::-1], kind="stable")
+        groups = rows(x)[:, order].reshape(tokens, -1, group_size)
+    elif bug == "values_together":
+        groups = spread(x.swapaxes(0, 1).reshape(tokens, -1), Hk * D).reshape(tokens, Hk, D).swapaxes(0, 1)[:, :, None]
+    else:
+        groups = spread(x, D)[:, :, None]
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    if bits == 2 and bug == "clip_towards_zero":
+        low, high = 0.8 * low, 0.8 * high
+    elif bits == 2 and bug != "no_clip":
+        low, high = 0.9 * low + 0.1 * high, 0.1 * low + 0.9 * high
+    groups = np.clip(groups, low, high)
+    stored = low.astype(np.float16)
+    if bug != "low_to_nearest":
+        stored = np.where(stored > low, np.nextafter(stored, np.float16(-np.inf)), stored)
+    levels = (bits**2 if bug == "divide_by_bits_squared" else 2**bits) - 1
+    scale = ((high - stored) / levels).astype(np.float16)
+    codes = np.rint((groups - stored) / np.where(scale > 0, scale, 1).astype(np.float64))
+    codes = np.clip(codes, 0, 2**bits - 1)
+    if bug == "scale_one_where_constant":
+        scale = np.where(scale > 0, scale, np.float16(1))
+    back = (stored + codes * scale.astype(np.float64)).astype(np.float32)
+    outputs = {"scale": scale[..., 0], "low": stored[..., 0]}
+    if side == "v":
+        return outputs | {"codes": packed(bug, codes[:, :, 0], bits), "x_hat": spread(back[:, :, 0], D)}
+    inverse = order if bug == "order_again" else np.argsort(order)
+    back = spread(back.reshape(tokens, -1)[:, inverse], heads * D).reshape(tokens, Hk, D).swapaxes(0, 1)
+    flat = codes.reshape(tokens, -1)
+    return outputs | {"codes": packed(bug, flat, bits), "x_hat": back, "order": order.astype(np.uint16)}
+
+
 _OPS = {
     "kvcache.qserve": qserve,
     "kvcache.llmqat": llmqat,
@@ -312,4 +373,5 @@ _OPS = {
     "kvcache.turboquant": turboquant,
     "kvcache.kvquant": kvquant,
     "kvcache.kvquant.learn": kvquant_learn,
+    "kvcache.rotatekv": rotatekv,
 }

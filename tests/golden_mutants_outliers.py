@@ -77,6 +77,9 @@ BUGS = {
         "one_by_one": "Block",
         "any_params": "BadParams",
         "cut_short": "Shape",
+        "scale_of_all": "OwnScale",
+        "divide_by_half_range": "Divisor",
+        "scale_one_for_zeros": "Empty",
     },
     "transform.smoothquant": {
         "first_only": "Joint",
@@ -85,6 +88,8 @@ BUGS = {
         "no_floor": "Floor",
         "rows": "PerColumn",
         "any_params": "BadParams",
+        "never_inverted": "Inverted",
+        "dead_inverted": "Dead",
     },
     "transform.osplus": {
         "all_channels": "OnlyOutside",
@@ -313,7 +318,16 @@ def amber(bug, params, w, x):
     kept = kept[..., ::-1] if bug == "ties_up" else kept
     if bug == "threshold":
         kept = kept & (units > 0)
-    return {"factor": factor[None].astype(F), "kept": np.repeat(kept.reshape(len(x), -1), b, axis=1).astype(np.uint8)}
+    kept = np.repeat(kept.reshape(len(x), -1), b, axis=1).astype(np.uint8)
+    found = {"factor": factor[None].astype(F), "kept": kept}
+    if "bits" in params:
+        most = 2 ** (params["bits"] - 1) - (bug != "divide_by_half_range")
+        scale = np.abs(x if bug == "scale_of_all" else x * kept).max(axis=1, keepdims=True) / F(most)
+        codes = np.rint(x * kept / np.where(scale > 0, scale, F(1))).astype(np.int8)
+        if bug == "scale_one_for_zeros":
+            scale = np.where(scale > 0, scale, F(1))
+        found |= {"codes": codes, "scale": scale}
+    return found
 
 
 def smoothquant(bug, params, absmax, gain, first, second):
@@ -325,6 +339,9 @@ def smoothquant(bug, params, absmax, gain, first, second):
         s = np.maximum(floor, absmax[0] ** alpha / np.maximum(floor, w) ** (1 - alpha))
         if bug == "rows":
             s = s[::-1]
+        if params.get("inverted") and bug != "never_inverted":
+            dead = (absmax[0] == 0) | ~np.concatenate([first, second]).any(axis=0)
+            s = np.where(dead & (bug != "dead_inverted"), 1, 1 / s)
         scaled = [W / s if bug == "divided" else W * s for W in (first, second)]
         return {"s": s[None], "gain": (gain / s).astype(F), "first": scaled[0].astype(F), "second": scaled[1].astype(F)}
 

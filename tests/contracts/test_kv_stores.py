@@ -29,6 +29,7 @@ COMPRESSING = {
     "kvquant": dict(outliers=0.1, recent=3),
     "kvtuner": dict(pairs="4.2/2.2"),
     "turboquant": dict(bits=3, recent=3),
+    "rotatekv": dict(bits=3, group_size=8, sinks=2, recent=3),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -45,12 +46,14 @@ KEEPING = {
     "kvquant": dict(recent=128),
     "kvtuner": dict(pairs="8.8", recent=128),
     "turboquant": dict(recent=128),
+    "rotatekv": dict(recent=128),
 }
 # What methods have learned of a model whose caches look like the ones here.
-TABLES = {name: getattr(kvcache, name).learn(random_model(), np.arange(64)) for name in ("kvquant",)}
+LEARNED = ("kvquant", "rotatekv")
+TABLES = {name: getattr(kvcache, name).learn(random_model(), np.arange(64)) for name in LEARNED}
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "kvquant"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "kvquant", "rotatekv"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)

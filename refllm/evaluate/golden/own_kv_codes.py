@@ -71,6 +71,19 @@ def _kvquant_learn(params: dict, **inputs) -> dict[str, np.ndarray]:
     return layer_tables(**inputs, **params)
 
 
+def _rotatekv(params: dict, x: np.ndarray, text: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.rotatekv import channel_order, rotatekv
+
+    side, heads = params["side"], params.get("heads", 4)
+    order = channel_order(x if text is None else text, heads)
+    knobs = {name: params[name] for name in ("bits", "group_size", "heads") if name in params}
+    store = rotatekv(0, **knobs, sinks=0, tables={"0.order": order})
+    keys, of_values, _ = store.extend(x, x, np.arange(x.shape[-2]))
+    parts = store.parts()
+    found = {name: parts[f"{side}_{name}"] for name in ("codes", "scale", "low")}
+    return found | {"order": order, "x_hat": keys if side == "k" else of_values}
+
+
 OPS = {
     "kvcache.qserve": _qserve,
     "kvcache.llmqat": _llmqat,
@@ -78,4 +91,5 @@ OPS = {
     "kvcache.turboquant": _turboquant,
     "kvcache.kvquant": _kvquant,
     "kvcache.kvquant.learn": _kvquant_learn,
+    "kvcache.rotatekv": _rotatekv,
 }

@@ -73,10 +73,11 @@ def _lorc(params: dict, w: np.ndarray, w_hat: np.ndarray) -> dict[str, np.ndarra
 
 
 def _smoothquant(params: dict, absmax, gain, first, second) -> dict[str, np.ndarray]:
-    from refllm.methods.transform.smoothquant import scales
+    from refllm.methods.transform.smoothquant import inverted_scales, scales
     from refllm.model.equivalent import scale_gain, scale_weight
 
-    s = scales(absmax[0], [first, second], **params)
+    rule = inverted_scales if params.get("inverted") else scales
+    s = rule(absmax[0], [first, second], params["alpha"])
     weights = {"gain": gain[0], "first": first, "second": second}
     scale_gain(weights, "gain", 1 / s, 0.0)
     for name in ("first", "second"):
@@ -111,8 +112,11 @@ def _amber(params: dict, w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
     from refllm.kernels.packed.sparse import Plain
     from refllm.methods.finish.amber import amber, column_factors
 
-    factor = column_factors(w)
-    return {"factor": factor, "kept": amber(Plain(w), w, **params).kept(x).astype(np.uint8)}
+    record = amber(Plain(w), w, **params)
+    found = {"factor": column_factors(w), "kept": record.kept(x).astype(np.uint8)}
+    if "bits" in params:
+        found["codes"], found["scale"], _ = record.steps(x)
+    return found
 
 
 OPS = {

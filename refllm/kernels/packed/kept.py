@@ -13,7 +13,7 @@ import numpy as np
 
 from refllm.kernels.masks import keep_n_of_m
 from refllm.kernels.packed.base import BaseRecord, check_array
-from refllm.kernels.packed.inputs import RoundedInputs
+from refllm.kernels.packed.inputs import FORMS, RoundedInputs
 
 
 class KeptInputs(RoundedInputs):
@@ -80,6 +80,8 @@ class PatternInputs(KeptInputs):
         1 <= n <= m.
     block : int
         Inputs of a unit, whose score is the root of the sum of squares; 1: each by itself.
+    bits : int
+        2 to 8: what counts is rounded, token by token, with a scale of what counts alone. 0: it stays as it is.
     """
 
     weight: BaseRecord
@@ -87,6 +89,7 @@ class PatternInputs(KeptInputs):
     n: int
     m: int
     block: int
+    bits: int = 0
     kind: ClassVar[str] = "pattern_inputs"
     stored: ClassVar[tuple[str, ...]] = ("weight", "factor")
     optional: ClassVar[tuple[str, ...]] = ("factor",)
@@ -95,6 +98,8 @@ class PatternInputs(KeptInputs):
         width = self.shape[1]
         if not 1 <= self.n <= self.m or self.block < 1:
             raise ValueError(f"n:m needs 1 <= n <= m and blocks of at least 1, got {self.n}:{self.m} of {self.block}")
+        if self.bits and f"int{self.bits}" not in FORMS:
+            raise ValueError(f"bits of inputs must be 2 to 8, or 0 for none, got {self.bits}")
         if width % (self.m * self.block):
             raise ValueError(
                 f"{self.n}:{self.m} inputs in blocks of {self.block} need a multiple of {self.m * self.block} columns, "
@@ -111,3 +116,8 @@ class PatternInputs(KeptInputs):
         units = np.sqrt((score.reshape(len(x), -1, self.block) ** 2).sum(axis=2)) if self.block > 1 else score
         units = np.where(np.isnan(units), np.inf, units)  # a NaN is kept, so that it shows
         return np.repeat(keep_n_of_m(units[:, ::-1], self.n, self.m)[:, ::-1], self.block, axis=1)
+
+    def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+        """See RoundedInputs.steps."""
+        steps, scale, zero = super().steps(x)
+        return FORMS[f"int{self.bits}"].steps(steps) if self.bits else (steps, scale, zero)

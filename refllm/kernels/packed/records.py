@@ -38,7 +38,7 @@ flattened name of such a part is `values.codes`.
     from_parts      the inverse; everything it is given may come from a file and is checked
 """
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import get_args
 
 import numpy as np
@@ -165,6 +165,8 @@ def from_parts(kind: str, parts: dict[str, np.ndarray], meta: dict, *, _depth: i
     if not isinstance(meta, dict) or _depth > MAX_DEPTH:
         raise FormatError(f"{kind}: meta must be a dictionary nested at most {MAX_DEPTH} deep")
     cls = KINDS[kind]
+    # A field with a default may be missing: records that were stored before it was there mean that.
+    meta = {f.name: f.default for f in fields(cls) if f.name not in cls.stored and f.default is not MISSING} | meta
     values = {}
     for field in fields(cls):
         if field.name not in cls.stored:

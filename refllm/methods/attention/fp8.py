@@ -13,7 +13,7 @@ arXiv:2407.08608, section 3.3.
 Differs from the authors' kernels: these take one scale per key-value head from outside (`granularity="head"`) and leave
 M to the caller; natural exponentials; sums in float64. A width without a Hadamard matrix takes a random rotation.
 Stage: prefill
-Inventory: 8, 29
+Inventory: 9, 29
 Lesson: lessons/23-flash-attention.md
 Golden: attention/fp8
 Baseline: flash

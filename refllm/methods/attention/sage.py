@@ -19,7 +19,7 @@ Differs from the authors' kernels: natural exponentials, and neither the scale n
 of zeros has codes 0; with a soft cap, which does not forgive a constant, the missing term is added to S; sums that are
 not float16 are float64. INT4 has no public code; it follows the paper.
 Stage: prefill
-Inventory: 8, 30
+Inventory: 9, 30
 Lesson: lessons/23-flash-attention.md
 Golden: attention/sage
 Baseline: flash

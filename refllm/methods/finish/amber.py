@@ -10,6 +10,11 @@ product can leave them out. This is about arithmetic in prefill: decoding is bet
 Not all layers bear it: the paper spares k, v, o and up everywhere, and q and gate in layers found sensitive.
 `rtn:bits=8+amber:only=down_proj+amber:only=q_proj` names what is to be sparse.
 
+With `bits` the inputs that count are rounded besides, each token with the scale of what is left of it. The paper's
+Outstanding-sparse, W8A8 in patterns behind an inverted SmoothQuant, is `smoothquant:alpha=0.1,inverted=true+
+rtn:bits=8,symmetric=true,group=-1+amber:bits=8,only=down_proj+amber:bits=8,only=q_proj+dynamic`. Scores weighed with
+columns hardly notice the inversion, which cancels in |x_j| ||W_:,j||; magnitudes do.
+
 Paper: Huawei 2025, "Amber Pruner: Leveraging N:M Activation Sparsity for Efficient Prefill in Large Language Models",
 arXiv:2508.02128.
 Differs from the paper, which has no published code: ties go to the lower index; a column that holds nothing but the
@@ -40,6 +45,7 @@ def amber(
     m: int = 16,
     score: str = "amber",
     block: int = 1,
+    bits: int = 0,
 ) -> PatternInputs:
     """The n best of every m inputs count.
 
@@ -56,6 +62,8 @@ def amber(
         amber, or magnitude: |x| alone.
     block : int
         Inputs that count or do not count together.
+    bits : int
+        2 to 8: those that count are rounded, every token with the scale that they need. 0: they stay as they are.
 
     Returns
     -------
@@ -75,7 +83,7 @@ def amber(
     """
     if score not in SCORES:
         raise ValueError(f"score must be {' or '.join(SCORES)}, got {score!r}")
-    return PatternInputs(record, column_factors(W) if score == "amber" else None, n, m, block)
+    return PatternInputs(record, column_factors(W) if score == "amber" else None, n, m, block, bits)
 
 
 def column_factors(W: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from refllm.methods.kvcache.minicache import minicache as minicache
 from refllm.methods.kvcache.pqcache import pqcache as pqcache
 from refllm.methods.kvcache.qserve import qserve as qserve
 from refllm.methods.kvcache.razor import razor as razor
+from refllm.methods.kvcache.rotatekv import rotatekv as rotatekv
 from refllm.methods.kvcache.snapkv import snapkv as snapkv
 from refllm.methods.kvcache.streaming import streaming as streaming
 from refllm.methods.kvcache.turboquant import turboquant as turboquant
@@ -27,6 +28,7 @@ __all__ = [
     "pqcache",
     "qserve",
     "razor",
+    "rotatekv",
     "snapkv",
     "streaming",
     "turboquant",

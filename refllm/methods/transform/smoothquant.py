@@ -10,10 +10,14 @@ sqrt(a_k w_k). One s serves all linears that read the same norm (q, k and v; gat
 norm's gain: there is nothing left to do at run time. o and down have no norm before them and stay as they are, unless
 `all_linears` asks for the same step through the rows of v and of up.
 
+With `inverted` inputs are multiplied by s and weights divided, so that inputs stand out from each other more: a part of
+Outstanding-sparse, which drops inputs (`amber`) and rounds the rest, with alpha = 0.1. Channels that calibration never
+excites, or whose weights are zero, then keep their size.
+
 The stage rounds nothing: `smoothquant+rtn:bits=8,symmetric=true,group=-1+dynamic` is W8A8.
 
 Paper: Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-arXiv:2211.10438, section 4.
+arXiv:2211.10438, section 4; inverted: Huawei 2025, "Amber Pruner", arXiv:2508.02128, after summaries of it.
 Differs from the authors' code: `all_linears` is not theirs; scales and folded weights are computed in float64. A
 channel that calibration never excites has a_k = 0 and with it, as there, s_k = 1e-5: if a later token does excite it,
 it is 100000 times too loud. Calibrate with text that is long enough.
@@ -46,6 +50,7 @@ def smoothquant(
     on_report: Callable[[Report], None] | None = None,
     alpha: float = 0.5,
     all_linears: bool = False,
+    inverted: bool = False,
 ) -> Model:
     """Smooth the inputs of q, k, v and of gate, up.
 
@@ -62,6 +67,8 @@ def smoothquant(
         the models of the Llama family.
     all_linears : bool
         o and down, too. Query heads of one group read the same values, so o has one s for the channels they share.
+    inverted : bool
+        1 / s in place of s.
 
     Returns
     -------
@@ -74,17 +81,17 @@ def smoothquant(
         Packed weights, alpha out of range, calibration inputs that are not finite.
     """
     check_foldable(model, "SmoothQuant moves scales")
-    weights = dict(model.weights)
+    weights, rule = dict(model.weights), inverted_scales if inverted else scales
     for layer, stats in walk(model, ids):
         for norm, readers in norm_readers(model.config, layer).items():
-            s = scales(stats[readers[0]].absmax, [model.weights[name] for name in readers], alpha)
+            s = rule(stats[readers[0]].absmax, [model.weights[name] for name in readers], alpha)
             divide_norm(weights, model.config, norm, readers, s)
         if all_linears:
             o, down = (f"model.layers.{layer}.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj"))
             shared = partial(_of_values, config=model.config)
-            s = scales(shared(stats[o].absmax), [shared(np.abs(model.weights[o]))], alpha)
+            s = rule(shared(stats[o].absmax), [shared(np.abs(model.weights[o]))], alpha)
             divide_values(weights, model.config, layer, s)
-            divide_gated(weights, layer, scales(stats[down].absmax, [model.weights[down]], alpha))
+            divide_gated(weights, layer, rule(stats[down].absmax, [model.weights[down]], alpha))
     return replace(model, weights=weights)
 
 
@@ -117,3 +124,15 @@ def scales(absmax: np.ndarray, weights: Sequence[np.ndarray], alpha: float = 0.5
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
     w = np.max([np.abs(W).max(axis=0) for W in weights], axis=0).astype(np.float64)
     return np.maximum(FLOOR, absmax.astype(np.float64) ** alpha / np.maximum(FLOOR, w) ** (1 - alpha))
+
+
+def inverted_scales(absmax: np.ndarray, weights: Sequence[np.ndarray], alpha: float = 0.1) -> np.ndarray:
+    """1 / s of `scales`, for inputs that are to stand out; 1 for a channel that is zero, or whose weights are.
+
+    Examples
+    --------
+    >>> inverted_scales(np.array([100.0, 1.0, 0.0]), [np.array([[1.0, -0.25, 3.0]])], 0.5).tolist()
+    [0.1, 0.5, 1.0]
+    """
+    dead = (absmax == 0) | ~np.any([np.any(W, axis=0) for W in weights], axis=0)
+    return np.where(dead, 1.0, 1 / scales(absmax, weights, alpha))

@@ -4,17 +4,17 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import to_f32
+from refllm.evaluate.golden.suites.exact import nearest, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 _BITS = {"class": "bits"}
 _NEAR = {"class": "allclose", "rtol": 1e-5, "atol": 0.0}
 
 
-def _suite(name, title, header, notes, cases) -> SuiteSpec:
+def _suite(name, title, header, notes, cases, version="1.0.0") -> SuiteSpec:
     head = {
         "suite": f"finish/{name}",
-        "suite_version": "1.0.0",
+        "suite_version": version,
         "op": f"finish.{name}",
         "title": title,
         "header": header,
@@ -31,6 +31,7 @@ def _case(id, comment, flags, inputs, expected=None, **params) -> CaseSpec:
     if expected is None:
         return CaseSpec(id, comment, tuple(flags.split()), given, result="invalid", error="value", params=params)
     kinds = {"threshold": ("f32", _BITS), "factor": ("f32", _NEAR), "kept": ("u8", _BITS)}
+    kinds |= {"codes": ("i8", _BITS), "scale": ("f32", _BITS)}
     outputs = {name: Output(kinds[name][1], values(kinds[name][0], rows)) for name, rows in expected.items()}
     return CaseSpec(id, comment, tuple(flags.split()), given, outputs, params=params)
 
@@ -106,7 +107,19 @@ def _amber(id, comment, flags, w, x, only="kept", **params) -> CaseSpec:
         kept.append(flags_of)
     f32 = lambda v: [[float(to_f32(Fraction(a))) for a in v]]
     found = {"factor": f32(factor), "kept": kept}
+    if bits := params.get("bits"):
+        found |= _rounded([[v * k for v, k in zip(*rows, strict=True)] for rows in zip(x, kept, strict=True)], bits)
     return _case(id, comment, flags, {"w": w, "x": x}, {n: found[n] for n in only.split()}, **params)
+
+
+def _rounded(x, bits) -> dict:
+    """Tokens by themselves; exact scales only."""
+    most = (1 << (bits - 1)) - 1
+    scales = [Fraction(max(map(abs, row))) / most for row in x]
+    if any(to_f32(s) != s for s in scales):
+        raise ValueError("the scale is to be a float32")
+    codes = [[nearest(Fraction(v) / (s or 1)) for v in row] for row, s in zip(x, scales, strict=True)]
+    return {"codes": codes, "scale": [[float(s)] for s in scales]}
 
 
 def amber_suite() -> SuiteSpec:
@@ -121,6 +134,8 @@ def amber_suite() -> SuiteSpec:
         "sum of squares. kept u8 [tokens, in]: of every m consecutive units the n with the largest scores, "
         "among equals "
         "those of lower index.",
+        "Param bits, if it is there: what is kept is rounded, the others being 0: scale f32 [tokens, 1] = the "
+        "largest |kept| of the token / (2^(bits-1) - 1); codes i8 = rint(kept / scale), 0 where the scale is 0.",
     ]
     notes = {
         "Clip": note("BASIC", "Outliers of the weight are clipped before norms are taken."),
@@ -129,6 +144,9 @@ def amber_suite() -> SuiteSpec:
         "ExactlyN": note("DEGENERATE", "Exactly n units are kept, zeros among them if need be."),
         "Block": note("LAYOUT", "Inputs of a block are kept or dropped together."),
         "Shape": note("SHAPE", "The width is a multiple of m block."),
+        "OwnScale": note("ORDER", "First the pattern, then the scale: an input that is dropped has no say in it."),
+        "Divisor": note("OFF_BY_ONE", "2^(bits-1) - 1: 127, 7, 1."),
+        "Empty": note("DEGENERATE", "A token of zeros has scale 0 and codes 0."),
     }
     w = [[1.0, 0.25, -1, 40], [-1, 0.5, 2, 1], [1, -0.25, -2, -1], [-1, 0.25, 1, 1]]
     flat = [[1.0, -1, 1, -1] * 2, [-1.0, 1, -1, 1] * 2]
@@ -139,8 +157,12 @@ def amber_suite() -> SuiteSpec:
                score="magnitude"),
         _amber(3, "blocks of two", "Block", flat, [[3, 0, 2, 2.25, 1, 1, 0, 1.5]], score="magnitude", n=1, m=2,
                block=2),
+        _amber(4, "a loud input in a column of small weights, 4 bits", "OwnScale Divisor",
+               [[8.0, 0, 0.125, 4], [-8, 0, -0.125, -4]], [[7, 1, 40, -3.25], [-3.5, 2, -20, 1.75]], "kept codes scale",
+               bits=4),
+        _amber(5, "nothing but zeros", "Empty", flat, [[0] * 8], "codes scale", score="magnitude", bits=8),
         _case(40, "n above m", "BadParams", {"w": w, "x": [[1.0] * 4]}, n=5, m=4, score="amber", block=1),
         _case(41, "4 columns for 2:4 in blocks of 2", "Shape", {"w": w, "x": [[1.0] * 4]}, n=2, m=4, score="amber",
               block=2),
     ]  # fmt: skip
-    return _suite("amber", "The n best of every m inputs", header, notes, cases)
+    return _suite("amber", "The n best of every m inputs", header, notes, cases, "1.1.0")

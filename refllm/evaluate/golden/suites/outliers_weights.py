@@ -198,8 +198,11 @@ def lorc_suite() -> SuiteSpec:
 # --- transform/smoothquant -------------------------------------------------------------------------------------------
 
 
-def _smooth(id, comment, flags, absmax, gain, first, second, alpha) -> CaseSpec:
+def _smooth(id, comment, flags, absmax, gain, first, second, alpha, **params) -> CaseSpec:
     s = definition.smooth_scales(absmax, [first, second], alpha)
+    if params.get("inverted"):
+        dead = [not a or not any(w) for a, *w in zip(absmax, *first, *second, strict=True)]
+        s = [1.0 if zero else 1 / f for f, zero in zip(s, dead, strict=True)]
     single = lambda rows: near_output(
         [[float(to_f32(Fraction(v))) for v in row] for row in rows], 2.0**-22, dtype="f32"
     )
@@ -212,7 +215,7 @@ def _smooth(id, comment, flags, absmax, gain, first, second, alpha) -> CaseSpec:
     }
     inputs = {"absmax": values("f64", [absmax]), "gain": values("f32", [gain])}
     inputs |= {"first": values("f32", first), "second": values("f32", second)}
-    return CaseSpec(id, comment, tuple(flags.split()), inputs, expected, params={"alpha": alpha})
+    return CaseSpec(id, comment, tuple(flags.split()), inputs, expected, params={"alpha": alpha} | params)
 
 
 def smoothquant_suite() -> SuiteSpec:
@@ -223,6 +226,7 @@ def smoothquant_suite() -> SuiteSpec:
         "before; first and second, f32 [out, in], weights that read that norm. Param alpha.",
         "w = max(1e-5, largest |entry| of the column in both weights); s = max(1e-5, absmax^alpha / w^(1 - alpha)). "
         "gain / s; both weights times s column by column.",
+        "Param inverted, if it is there and true: 1 / s in place of s, and 1 where absmax or the whole column is 0.",
     ]
     notes = {
         "Joint": note(
@@ -235,6 +239,8 @@ def smoothquant_suite() -> SuiteSpec:
         "Floor": note("DEGENERATE", "Dead channels and dead columns: the floors 1e-5, no NaN and no infinity."),
         "PerColumn": note("LAYOUT", "s belongs to input channels, the columns of [out, in]."),
         "BadParams": note("MALFORMED", "alpha outside [0, 1]."),
+        "Inverted": note("BASIC", "The gain is multiplied by s, the weights are divided."),
+        "Dead": note("DEGENERATE", "Inverted, dead channels and columns keep their size: 1 / 1e-5 would be deafening."),
     }
     A, B = [[1, -0.25, 2, 0.5], [0.5, 0.125, -1, 4]], [[-4, 0.0625, 0.5, 1]]
     a, gain = [64.0, 1, 4, 0.25], [1.0, 2, 0.5, -1]
@@ -264,10 +270,22 @@ def smoothquant_suite() -> SuiteSpec:
                 [[1, 0, 1, 1]],
                 0.5,
             ),
+            _smooth(6, "inverted", "Inverted Alpha", a, gain, A, B, 0.25, inverted=True),
+            _smooth(
+                7,
+                "inverted, a dead channel and a dead column",
+                "Dead Inverted",
+                [0.0, 1, 4, 1],
+                gain,
+                [[1, 0, 2, 1]],
+                [[1, 0, 1, 1]],
+                0.5,
+                inverted=True,
+            ),
         ],
         [bad],
     ]
-    return suite_of("transform/smoothquant", "Scales moved from inputs into weights", header, notes, groups)
+    return suite_of("transform/smoothquant", "Scales moved from inputs into weights", header, notes, groups, "1.1.0")
 
 
 # --- transform/osplus ------------------------------------------------------------------------------------------------

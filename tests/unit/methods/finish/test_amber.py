@@ -7,10 +7,11 @@ from refllm.kernels.packed import matmul
 from refllm.kernels.packed.kept import PatternInputs
 from refllm.kernels.packed.records import IntWeight
 from refllm.kernels.packed.sparse import Plain
-from refllm.methods.apply import compress
+from refllm.methods.apply import compress, load
 from refllm.methods.finish import amber
 from refllm.methods.finish.amber import column_factors
 from refllm.model.llama import forward
+from refllm.model.native import save_native
 from tests.models import random_model
 
 
@@ -59,6 +60,20 @@ def test_a_recipe_for_some_of_the_layers():
     assert {kind for name, kind in kinds.items() if "down" in name} == {PatternInputs}
     assert {kind for name, kind in kinds.items() if "down" not in name} == {IntWeight}
     assert np.isfinite(forward(small, ids)).all()
+
+
+def test_w8a8_in_patterns_behind_an_inverted_smoothquant(tmp_path):
+    """The paper's recipe runs, is stored, and rounding costs little beside the pattern."""
+    model, ids = random_model("llama"), np.arange(20)
+    exact = forward(model, ids)
+    recipe = "smoothquant:alpha=0.1,inverted=true+rtn:bits=8,symmetric=true,group=-1"
+    errors = []
+    for bits in (0, 8, 2):
+        small = compress(model, f"{recipe}+amber:n=2,m=4,bits={bits},only=down_proj+dynamic", ids)
+        back = load(save_native(small, tmp_path / str(bits)))
+        np.testing.assert_array_equal(forward(back, ids), forward(small, ids))
+        errors.append(np.linalg.norm(forward(small, ids) - exact))
+    assert errors[1] < 1.1 * errors[0] and errors[2] > 1.1 * errors[1]
 
 
 def test_zero_columns_and_refusals():

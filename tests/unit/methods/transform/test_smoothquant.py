@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import refllm
 from refllm.methods.apply import compress
 from refllm.methods.transform import smoothquant
-from refllm.methods.transform.smoothquant import scales
+from refllm.methods.transform.smoothquant import inverted_scales, scales
 from refllm.model.equivalent import norm_readers
 from refllm.model.llama import forward
 from refllm.model.native import save_native
@@ -55,8 +55,22 @@ def test_where_the_difficulty_goes():
         np.testing.assert_allclose(w_then, np.sqrt(a * w), rtol=1e-10)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_inverted_scales_move_size_the_other_way(alpha):
+    for a, w, a_then, w_then in smoothed(alpha, inverted=True):
+        np.testing.assert_allclose(a_then, a ** (1 + alpha) / w ** (1 - alpha), rtol=1e-10)
+        np.testing.assert_allclose(a_then * w_then, a * w, rtol=1e-10)
+
+
+def test_inverted_scales_leave_what_is_dead():
+    """Neither floor of the published formula may be turned round: one channel would be 100000 times too loud."""
+    a = np.array([0.0, 4.0, 4.0])
+    s = inverted_scales(a, [np.array([[1.0, 0.0, 1.0]]), np.array([[1.0, 0.0, -16.0]])], 0.5)
+    assert s.tolist() == [1.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("knobs", [{}, {"all_linears": True, "alpha": 0.8}], ids=str)
+@pytest.mark.parametrize("knobs", [{}, {"all_linears": True, "alpha": 0.8}, {"inverted": True}], ids=str)
 def test_the_function_stays(architecture, knobs):
     for dtype, rtol in ((np.float64, 1e-11), (np.float32, 3e-5)):
         model = random_model(architecture, dtype)
