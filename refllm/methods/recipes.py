@@ -25,7 +25,7 @@ FAMILIES = (*MODEL_FAMILIES, *WEIGHT_FAMILIES, *RUNTIME_FAMILIES)
 _SHORT_KEYS = {"group": "group_size"}
 _TEXT_TYPES = {"int", "float", "bool", "str"}
 # Keyword-only parameters that the caller of a family's function fills in, not the recipe.
-_CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng", "on_report", "fisher", "tables"}
+_CALL_PARAMETERS = {"scale", "window", "softcap", "stop_ids", "on_prefill", "rng", "on_report", "tables"}
 
 
 class RecipeError(ValueError):

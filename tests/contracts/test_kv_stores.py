@@ -7,11 +7,20 @@ from hypothesis import strategies as st
 
 from refllm.methods import kvcache
 from refllm.methods.attention.flash import flash
+from refllm.methods.kvcache.cq import learn_books
 from refllm.model.cache import DenseStore, new_cache
 from refllm.model.llama import forward
 from tests.models import random_model
 from tests.unit.methods.kvcache import laws
 from tests.unit.methods.kvcache.laws import feed, part_of, with_prompt
+
+
+def _cq_tables(knobs):
+    """Codebooks for two layers of two heads of width 8."""
+    rng = np.random.default_rng(5)
+    learned = lambda i: learn_books(rng.normal(size=(2, 60, 8)), None, knobs["channels"], knobs["bits"], 5, (i,))
+    return {f"{layer}.{side}_books": learned(layer) for layer in range(2) for side in "kv"}
+
 
 # Knobs that make a method work on heads of width 8 and compress within 40 tokens, and knobs that keep everything.
 COMPRESSING = {
@@ -28,6 +37,7 @@ COMPRESSING = {
     "llmqat": dict(bits=3, recent=5),
     "kvtuner": dict(pairs="4.2/2.2"),
     "turboquant": dict(bits=3, recent=3),
+    "cq": dict(channels=2, bits=3, recent=3, sinks=1, pre_rope=False),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -43,10 +53,13 @@ KEEPING = {
     "llmqat": dict(recent=128),
     "kvtuner": dict(pairs="8.8", recent=128),
     "turboquant": dict(recent=128),
+    "cq": dict(channels=2, bits=3, recent=128),
 }
+# What methods have learned of some other keys and values.
+TABLES = {"cq": _cq_tables}
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant"}
+LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "cq"}
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)
@@ -85,7 +98,8 @@ class Pair:
 
 
 def store_of(name, knobs, prompt=None):
-    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name])
+    learned = {"tables": TABLES[name](knobs[name])} if name in TABLES else {}
+    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name], **learned)
     return with_prompt(Pair(make) if name in CROSS_LAYER else make(0), prompt)
 
 
