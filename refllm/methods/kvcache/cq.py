@@ -49,7 +49,7 @@ def cq(
     fisher: bool = True,
     sinks: int = 0,
     recent: int = 0,
-    iterations: int = 25,
+    iterations: int = 10,
     seed: int = 0,
     tables: dict[str, np.ndarray] | None = None,
 ) -> "CQStore":
@@ -219,7 +219,7 @@ def _learn(
     pre_rope: bool = True,
     fisher: bool = True,
     sinks: int = 0,
-    iterations: int = 25,
+    iterations: int = 10,
     seed: int = 0,
     **_,
 ) -> dict[str, np.ndarray]:
@@ -271,7 +271,7 @@ def learn_books(
     channels, bits, iterations :
         As in `cq`.
     seed : tuple of int
-        With head and part it seeds each k-means.
+        With the number of the head's part it seeds each k-means.
 
     Returns
     -------
@@ -294,18 +294,18 @@ def learn_books(
         raise ValueError(f"channels={channels} do not divide the head dimension {D}")
     if not np.isfinite(x).all():
         raise ValueError("keys and values of the calibration text must be finite")
-    m = D // channels
-    split = lambda a: a.reshape(heads, tokens, m, channels)
-    weight = np.ones((heads, tokens, m)) if weight is None else split(weight).sum(axis=-1, dtype=np.float64)
-    books = np.empty((heads, m, 1 << bits, channels), np.float16)
-    for head, part in np.ndindex(heads, m):
-        w, rng = weight[head, :, part], np.random.default_rng([*seed, head, part])
-        X, w = split(x)[head, :, part], w if w.any() else np.ones(tokens)
-        if channels == 1:
-            found = near_best_1d(X.T, w[None], 1 << bits).T
-        else:
-            found, _ = kmeans(X, 1 << bits, rng, w, iterations)
-        stored = as_float(found, "float16")
-        uses = np.bincount(nearest(X, stored)[0], minlength=len(stored))
-        books[head, part] = stored[np.argsort(-uses, kind="stable")]
-    return books
+    split = lambda a: a.reshape(heads, tokens, D // channels, channels).swapaxes(1, 2)
+    x = split(x).reshape(-1, tokens, channels)  # a row a head and part
+    weight = np.ones(x.shape[:2]) if weight is None else split(weight).sum(-1, np.float64).reshape(x.shape[:2])
+    weight[~weight.any(axis=1)] = 1
+    if channels == 1:
+        found = near_best_1d(x[..., 0], weight, 1 << bits)[..., None]
+    else:
+        found = np.empty((len(x), 1 << bits, channels))
+        for i, (X, w) in enumerate(zip(x, weight, strict=True)):
+            found[i], _ = kmeans(X, 1 << bits, np.random.default_rng([*seed, i]), w, iterations)
+    books = as_float(found, "float16")
+    for X, book in zip(x, books, strict=True):
+        uses = np.bincount(nearest(X, book)[0], minlength=len(book))
+        book[:] = book[np.argsort(-uses, kind="stable")]
+    return books.reshape(heads, D // channels, 1 << bits, channels)
