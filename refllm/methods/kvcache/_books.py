@@ -9,6 +9,8 @@ query, or mixed with a weight, one codebook at a time and all tokens with it:
 Decoding token by token is the same sum in another order (pqcache ranks by the first, cq attends by both).
 """
 
+from math import prod
+
 import numpy as np
 
 from refllm.kernels.kmeans import nearest
@@ -30,7 +32,7 @@ def encode(x: np.ndarray, books: np.ndarray) -> np.ndarray:
         Of equally near vectors the first.
     """
     m, n, c = books.shape[-3:]
-    split = x.reshape(-1, x.shape[-2], m, c)
+    split = x.reshape(prod(x.shape[:-2]), x.shape[-2], m, c)
     books = np.broadcast_to(books, (*x.shape[:-2], m, n, c)).reshape(len(split), m, n, c)
     codes = np.empty(split.shape[:-1], np.uint8 if n <= 256 else np.uint16)
     for row, part in np.ndindex(len(split), m):
@@ -46,8 +48,8 @@ def decode(codes: np.ndarray, books: np.ndarray) -> np.ndarray:
     >>> decode(np.array([[[1, 0]]]), np.array([[[[1.0], [2.0]], [[3.0], [4.0]]]])).tolist()
     [[[2.0, 3.0]]]
     """
-    heads, parts = np.arange(books.shape[0])[:, None, None], np.arange(books.shape[1])
-    return books[heads, parts, codes].reshape(*codes.shape[:-1], -1)
+    heads, m, _, c = books.shape
+    return books[np.arange(heads)[:, None, None], np.arange(m), codes].reshape(*codes.shape[:-1], m * c)
 
 
 def table_scores(q: np.ndarray, codes: np.ndarray, books: np.ndarray) -> np.ndarray:

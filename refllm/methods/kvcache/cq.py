@@ -19,8 +19,8 @@ knows by the code alone where a vector lies (refllm.methods.finish.vqllm counts 
 
 Paper: Zhang et al. 2024, "KV Cache is 1 Bit Per Channel: Efficient Large Language Model Inference with Coupled
 Quantization", NeurIPS, arXiv:2405.03917; Liu et al. 2025, "VQ-LLM", arXiv:2503.02236, for order and attention.
-Differs from it: no code of the authors is public, and whether they code keys before the rotation is not said; vectors
-are float16; with fewer calibration tokens than vectors every token is a vector, and the rest repeat one of them.
+Differs from it: none of the authors' code was found, and whether keys are coded before the rotation is not said;
+vectors are float16. With fewer calibration tokens than vectors each token is a vector, and the rest repeat one.
 Stage: memory, decode
 Inventory: 37
 Lesson: lessons/31-coupled-codes.md
@@ -198,7 +198,7 @@ class RotatedCQStore(CQStore):
             part = weights[..., start : start + x.shape[-2]]
             out = out + (mix_codes(part, x, self.books["v"]) if is_codes else np.matmul(part, x))
             start += x.shape[-2]
-        return out.reshape(*q.shape[:-1], -1).astype(q.dtype)
+        return out.reshape(*q.shape[:-1], out.shape[-1]).astype(q.dtype)
 
     def _sections(self, side: str):
         """The tokens in their order: (numbers or codes, whether they are codes)."""

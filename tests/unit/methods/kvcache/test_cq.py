@@ -24,10 +24,10 @@ from refllm.model.cached import cached_values
 from refllm.model.llama import forward
 from refllm.model.native import save_native
 from tests.models import random_model
-from tests.strategies import SEEDS
+from tests.strategies import PROPERTY, SEEDS
 
 IDS = np.random.default_rng(0).integers(0, 64, 60)
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(PROPERTY, max_examples=25)
 
 
 def tables_of(books_k, books_v, layer=0):
@@ -110,6 +110,17 @@ def test_fewer_tokens_than_vectors_come_back_as_they_are():
     codes = encode(x.astype(np.float32), books)
     np.testing.assert_array_equal(decode(codes, books), x)
     assert codes.max() < 5  # what is there twice stands at the end
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_values_without_channels_have_no_codebooks(channels):
+    """As where keys serve as values (mfa)."""
+    assert learn_books(np.zeros((1, 5, 0)), None, channels, 2, 3, (0,)).shape == (1, 0, 4, channels)
+    tables = tables_of(np.zeros((1, 1, 4, 4)), np.zeros((1, 0, 4, 4)))
+    store = cq(0, channels=4, bits=2, tables=tables)
+    for start in (0, 3):
+        _, V, _ = store.extend(np.ones((1, 1, 3, 4)), np.ones((1, 1, 3, 0)), np.arange(start, start + 3))
+    assert V.shape == (1, 1, 6, 0) and store.nbytes == 6
 
 
 # --- the card's properties ------------------------------------------------------------------------------------------
