@@ -93,6 +93,19 @@ BUGS = {
         "values_together": "Values",
         "high_code_first": "Packed",
     },
+    "kvcache.cq": {
+        "strided": "Coupled",
+        "largest_product": "Nearest",
+        "last_of_equals": "Ties",
+        "one_book": "Parts",
+        "a_byte_a_code": "Packed",
+        "first_part_of_query": "Table",
+        "last_weight": "Mass",
+        "each_channel_weighs_itself": "Sensitivity",
+        "zero_mean": "Unweighed",
+        "order_of_weight": "Order",
+        "truncated": "Stored",
+    },
 }
 
 
@@ -366,6 +379,60 @@ def rotatekv(bug, x, side, bits, text=None, group_size=None, heads=1):
     return outputs | {"codes": packed(bug, flat, bits), "x_hat": back, "order": order.astype(np.uint16)}
 
 
+def cq(bug, x, channels, bits, books=None, q=None, weights=None, sensitivity=None):
+    m = x.shape[1] // channels
+    cut = lambda a: a.reshape(*a.shape[:-1], m, channels)
+    if bug == "strided":
+        cut = lambda a: a.reshape(*a.shape[:-1], channels, m).swapaxes(-1, -2)
+    found = {}
+    if books is None:
+        books = np.stack([cq_book(bug, cut(x)[:, p], cut(sensitivity)[:, p], 2**bits) for p in range(m)])
+        found["books"] = books.astype(np.float16)
+        books = books.astype(np.float64)
+    used = books[[0] * m] if bug == "one_book" else books
+    apart = ((cut(x)[..., None, :] - used) ** 2).sum(axis=-1)
+    if bug == "largest_product":
+        apart = -(cut(x)[..., None, :] * used).sum(axis=-1)
+    codes = 2**bits - 1 - apart[..., ::-1].argmin(axis=-1) if bug == "last_of_equals" else apart.argmin(axis=-1)
+    vectors = used[np.arange(m), codes]
+    back = (vectors.swapaxes(-1, -2) if bug == "strided" else vectors).reshape(x.shape)
+    packs = codes.astype(np.uint8) if bug == "a_byte_a_code" else packed(None, codes, bits)
+    found |= {"codes": packs, "x_hat": back.astype(np.float32)}
+    if q is not None:
+        pieces = cut(q)[:, [0] * m] if bug == "first_part_of_query" else cut(q)
+        found["scores"] = np.einsum("gpc,tpc->gt", pieces, vectors)
+    if weights is not None:
+        mass = np.zeros((len(weights), m, 2**bits))
+        for t, p in product(range(len(x)), range(m)):
+            mass[:, p, codes[t, p]] = weights[:, t] + (0 if bug == "last_weight" else mass[:, p, codes[t, p]])
+        found["mixed"] = np.einsum("gpn,pnc->gpc", mass, used).reshape(len(weights), -1)
+    return found
+
+
+def cq_book(bug, x, sensitivity, n):
+    """Clusters that lie far apart: Lloyd's algorithm from the points that lie farthest from each other."""
+    weight = np.repeat(sensitivity.sum(axis=1, keepdims=True), x.shape[1], axis=1)
+    if bug == "each_channel_weighs_itself":
+        weight = sensitivity
+    if not weight.any() and bug != "zero_mean":
+        weight = np.ones(x.shape)
+    centres = x[:1]
+    while len(centres) < n:
+        far = ((x[:, None] - centres) ** 2).sum(axis=-1).min(axis=1)
+        centres = np.concatenate([centres, x[[far.argmax()]]])
+    codes = ((x[:, None] - centres) ** 2).sum(axis=-1).argmin(axis=1)
+    mine = codes == np.arange(n)[:, None]
+    means = (mine @ (weight * x)) / np.maximum(mine @ weight, 1e-30)
+    uses = mine @ weight.sum(axis=1) if bug == "order_of_weight" else mine.sum(axis=1)
+    means = means[np.argsort(-uses, kind="stable")]
+    stored = means.astype(np.float16)
+    return (
+        np.where(np.abs(stored) > np.abs(means), np.nextafter(stored, np.float16(0)), stored)
+        if bug == "truncated"
+        else stored
+    )
+
+
 _OPS = {
     "kvcache.qserve": qserve,
     "kvcache.llmqat": llmqat,
@@ -374,4 +441,5 @@ _OPS = {
     "kvcache.kvquant": kvquant,
     "kvcache.kvquant.learn": kvquant_learn,
     "kvcache.rotatekv": rotatekv,
+    "kvcache.cq": cq,
 }

@@ -1,5 +1,7 @@
 """Every key-value method keeps the promises of the store protocol in refllm/model/cache.py, and the laws of laws.py."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,14 @@ from refllm.model.llama import forward
 from tests.models import random_model
 from tests.unit.methods.kvcache import laws
 from tests.unit.methods.kvcache.laws import feed, part_of, with_prompt
+
+
+@cache
+def tables(name, knobs):
+    """What a method learns of a model whose caches look like the ones here; None for methods that learn nothing."""
+    learn = getattr(getattr(kvcache, name), "learn", None)
+    return learn and learn(random_model(), np.arange(64), **dict(knobs))
+
 
 # Knobs that make a method work on heads of width 8 and compress within 40 tokens, and knobs that keep everything.
 COMPRESSING = {
@@ -30,6 +40,7 @@ COMPRESSING = {
     "kvtuner": dict(pairs="4.2/2.2"),
     "turboquant": dict(bits=3, recent=3),
     "rotatekv": dict(bits=3, group_size=8, sinks=2, recent=3),
+    "cq": dict(channels=2, bits=3, recent=3, sinks=1, pre_rope=False),
 }
 KEEPING = {
     "kivi": dict(group_size=8, residual=128),
@@ -47,13 +58,13 @@ KEEPING = {
     "kvtuner": dict(pairs="8.8", recent=128),
     "turboquant": dict(recent=128),
     "rotatekv": dict(recent=128),
+    "cq": dict(channels=2, bits=3, recent=128),
 }
-# What methods have learned of a model whose caches look like the ones here.
-LEARNED = ("kvquant", "rotatekv")
-TABLES = {name: getattr(kvcache, name).learn(random_model(), np.arange(64)) for name in LEARNED}
 CROSS_LAYER = ("minicache", "cla")  # share what they keep between layers
 # Methods that return other numbers than they were given: codes, means, another layer's.
-LOSSY = {"kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "kvquant", "rotatekv"}
+LOSSY = {
+    "kivi", "razor", "minicache", "cla", "qserve", "llmqat", "kvtuner", "turboquant", "kvquant", "rotatekv", "cq",
+}  # fmt: skip
 MOVES_POSITIONS = {"streaming"}
 
 ALL = pytest.mark.parametrize("name", kvcache.__all__)
@@ -92,8 +103,9 @@ class Pair:
 
 
 def store_of(name, knobs, prompt=None):
-    more = {"tables": TABLES[name]} if name in TABLES else {}
-    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name], **more)
+    found = tables(name, tuple(knobs[name].items()))
+    learned = {} if found is None else {"tables": found}
+    make = lambda layer: getattr(kvcache, name)(layer, **knobs[name], **learned)
     return with_prompt(Pair(make) if name in CROSS_LAYER else make(0), prompt)
 
 

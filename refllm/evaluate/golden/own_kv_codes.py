@@ -84,6 +84,26 @@ def _rotatekv(params: dict, x: np.ndarray, text: np.ndarray | None = None) -> di
     return found | {"order": order, "x_hat": keys if side == "k" else of_values}
 
 
+def _cq(params: dict, x, books=None, q=None, weights=None, sensitivity=None) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache._books import mix_codes, table_scores
+    from refllm.methods.kvcache.cq import cq, learn_books
+
+    channels, bits = params["channels"], params["bits"]
+    found = {}
+    if books is None:
+        found["books"] = books = learn_books(x[None], sensitivity[None], channels, bits, 25, (0,))[0]
+    tables = {f"0.{side}_books": books[None] for side in "kv"}
+    store = cq(0, channels=channels, bits=bits, tables=tables)
+    parts, back = _coded(store, x[None])
+    found |= {"codes": parts["v_codes"][0], "x_hat": back[0]}
+    codes = store.codes("v")[:, : len(x)]
+    if q is not None:
+        found["scores"] = table_scores(q[None], codes, books[None])[0]
+    if weights is not None:
+        found["mixed"] = mix_codes(weights[None].astype(np.float64), codes, books[None])[0]
+    return found
+
+
 OPS = {
     "kvcache.qserve": _qserve,
     "kvcache.llmqat": _llmqat,
@@ -92,4 +112,5 @@ OPS = {
     "kvcache.kvquant": _kvquant,
     "kvcache.kvquant.learn": _kvquant_learn,
     "kvcache.rotatekv": _rotatekv,
+    "kvcache.cq": _cq,
 }

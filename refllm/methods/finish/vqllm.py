@@ -14,6 +14,9 @@ made once for all rows,
 
 but every row then has a partial sum for every codebook, which must be added up in the end.
 
+A cache in vector codes (cq) is such a matrix for its keys, a row a token (refllm.methods.kvcache._books); there the
+order is learned with the codebooks, and attention works codebook after codebook: lessons/31-coupled-codes.md.
+
 This is a method about kernels: no number changes. It is a stage behind one that gives vector codes: `aqlm+vqllm`.
 
 Paper: Liu et al. 2025, "VQ-LLM: High-performance Code Generation for Vector Quantization Augmented LLM Inference",

@@ -1,6 +1,7 @@
 """Methods that shrink the key-value cache: `f(layer, *, knobs) -> store`, see `refllm.model.cache`."""
 
 from refllm.methods.kvcache.cla import cla as cla
+from refllm.methods.kvcache.cq import cq as cq
 from refllm.methods.kvcache.freekv import freekv as freekv
 from refllm.methods.kvcache.h2o import h2o as h2o
 from refllm.methods.kvcache.kivi import kivi as kivi
@@ -18,6 +19,7 @@ from refllm.methods.kvcache.turboquant import turboquant as turboquant
 
 __all__ = [
     "cla",
+    "cq",
     "freekv",
     "h2o",
     "kivi",

@@ -27,8 +27,9 @@ Golden: kvcache/pqcache
 import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
-from refllm.kernels.kmeans import kmeans, nearest
+from refllm.kernels.kmeans import kmeans
 from refllm.kernels.nn import softmax
+from refllm.methods.kvcache._books import encode, table_scores
 from refllm.model.stores import PromptStore, check_amounts, highest
 
 
@@ -196,17 +197,6 @@ def train(keys: np.ndarray, m: int, bits: int, iterations: int, seed: tuple[int,
     return centroids.reshape(*keys.shape[:-2], *centroids.shape[2:])
 
 
-def encode(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """The nearest centroid of every part: (..., Hk, tokens, D) -> (..., Hk, tokens, m) uint8."""
-    m, _, width = centroids.shape[-3:]
-    split = keys.reshape(-1, keys.shape[-2], m, width)
-    books = centroids.reshape(len(split), m, -1, width)
-    codes = np.empty(split.shape[:-1], np.uint8)
-    for row, part in np.ndindex(len(split), m):
-        codes[row, :, part] = nearest(split[row, :, part], books[row, part])[0]
-    return codes.reshape(*keys.shape[:-1], m)
-
-
 def approximate_scores(q: np.ndarray, codes: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """How much each token may matter to a group of queries, by tables.
 
@@ -227,10 +217,5 @@ def approximate_scores(q: np.ndarray, codes: np.ndarray, centroids: np.ndarray) 
     >>> approximate_scores(np.zeros((1, 2)), np.array([[[0, 1], [1, 0]]], np.uint8), centroids).tolist()
     [[0.5, 0.5]]
     """
-    heads, tokens, m = codes.shape[-3:]
-    split = q.reshape(*q.shape[:-2], heads, -1, m, 1, q.shape[-1] // m).astype(np.float64)
-    table = (split * centroids[..., None, :, :, :]).sum(axis=-1)  # (..., Hk, g, m, 2^bits)
-    index = np.swapaxes(codes, -1, -2)[..., None, :, :].astype(np.intp)
-    index = np.broadcast_to(index, (*table.shape[:-1], tokens))
-    scores = np.take_along_axis(table, index, axis=-1).sum(axis=-2)
-    return softmax(scores / np.sqrt(q.shape[-1])).sum(axis=-2)
+    grouped = q.reshape(*q.shape[:-2], codes.shape[-3], -1, q.shape[-1])
+    return softmax(table_scores(grouped, codes, centroids) / np.sqrt(q.shape[-1])).sum(axis=-2)

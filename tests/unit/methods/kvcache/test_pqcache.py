@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from refllm.kernels.nn import softmax
 from refllm.methods.apply import compress, load
-from refllm.methods.kvcache.pqcache import approximate_scores, encode, pqcache, train
+from refllm.methods.kvcache._books import encode
+from refllm.methods.kvcache.pqcache import approximate_scores, pqcache, train
 from refllm.methods.runtime.speculative import speculative
 from refllm.model.cache import new_cache
 from refllm.model.llama import forward
