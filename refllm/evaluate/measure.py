@@ -64,6 +64,9 @@ def kv_bytes_per_token(model: Model, ids) -> float:
     return cache.nbytes / cache.length
 
 
+PATIENCE = 20.0  # seconds of a run that measures speed
+
+
 @dataclass(frozen=True)
 class Speed:
     """Tokens per second of the two phases; medians over the repeats.
@@ -110,8 +113,11 @@ class PhaseTimer:
         )
 
 
-def measure_speed(model: Model, prompt, new_tokens: int = 64, repeats: int = 3) -> Speed:
+def measure_speed(model: Model, prompt, new_tokens: int = 64, repeats: int = 3, patience: float = PATIENCE) -> Speed:
     """Greedy generation after a prompt, a warm-up excluded.
+
+    A run ends after `patience` seconds, with the tokens it has by then, two at least. If the warm-up takes as long, it
+    is the measurement: what it warms does not matter any more.
 
     Parameters
     ----------
@@ -121,14 +127,19 @@ def measure_speed(model: Model, prompt, new_tokens: int = 64, repeats: int = 3) 
     new_tokens : int
     repeats : int
         The median of so many runs.
+    patience : float
     """
     runs = []
     for _ in range(repeats + 1):
-        timer = PhaseTimer(len(prompt))
+        timer, begin, late = PhaseTimer(len(prompt)), time.perf_counter(), False
         for _ in generate_ids(model, prompt, new_tokens, stop_ids=(), on_prefill=timer.on_prefill):
             timer.on_token()
+            if late := time.perf_counter() - begin > patience and timer.tokens > 1:
+                break
         runs.append(timer.speed())
-    runs = runs[1:]
+        if late and len(runs) == 1:
+            break
+    runs = runs[1:] or runs
     return Speed(median(r.prefill_tokens_per_s for r in runs), median(r.decode_tokens_per_s for r in runs))
 
 

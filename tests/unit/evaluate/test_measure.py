@@ -106,3 +106,18 @@ def test_speed_runs_the_generation_of_the_recipe_and_does_not_stop_at_eos():
     speed = measure_speed(model, np.arange(3, 10), new_tokens=5, repeats=2)
     assert calls == [(7, 5, ())] * 3  # a warm-up and two that count
     assert speed.prefill_tokens_per_s > 0 and speed.decode_tokens_per_s > 0
+
+
+def test_a_slow_run_ends_early_and_is_the_only_one():
+    tokens = []
+
+    def generate(model, ids, max_tokens, sampling, *, stop_ids, on_prefill):
+        on_prefill()
+        for token in range(max_tokens):
+            tokens.append(token)
+            yield token
+
+    model = random_model("llama")
+    model = replace(model, runtime=replace(model.runtime, generate=generate))
+    speed = measure_speed(model, np.arange(3, 10), new_tokens=5, repeats=2, patience=0.0)
+    assert tokens == [0, 1] and speed.decode_tokens_per_s > 0
