@@ -18,7 +18,8 @@ from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sum
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
 from refllm.kernels.rope import cos_sin
-from refllm.model.cache import DenseStore, KVCache
+from refllm.model.cache import KVCache
+from refllm.model.compiled_caches import cache_kind
 from refllm.model.model import Model
 
 LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -55,7 +56,8 @@ def compiled_for(model: Model, cache: KVCache | None, tokens: int) -> "Compiled 
         return None
     if cache.compiled is None or cache.compiled[0] is not model:
         cache.compiled = model, Compiled(model, cache) if _takes(model, cache) else None
-    return cache.compiled[1]
+    made = cache.compiled[1]
+    return made if made is not None and made.stored.takes(tokens) else None
 
 
 def _linears(model: Model) -> list[str]:
@@ -117,7 +119,7 @@ def _takes(model: Model, cache: KVCache) -> bool:
     """Whether every store and every weight has a place in the compiled texts."""
     from refllm.kernels.packed.tiled import form_of
 
-    if not all(type(store) is DenseStore and store.dtype in (None, np.float32) for store in cache.stores):
+    if cache_kind(cache) is None:
         return False
     most = max(_widths(model.config).values())
     for name, weight in model.weights.items():
@@ -165,7 +167,7 @@ class Compiled:
         embedding = model.weights[EMBEDDING]
         self._decode_row = decoder(embedding) if is_record(embedding) else None
         self._many: tuple | None = None  # what prefill needs beside: tokens, x, buffers, layers
-        self._known, self._room = None, 0  # the first store's keys, and for how many tokens there is room
+        self.stored = cache_kind(cache)(cache.stores, config)
         self._own = np.empty(0, np.uint8)
         gelu = int(config.activation == "gelu_tanh")
         self._sizes = (
@@ -183,7 +185,7 @@ class Compiled:
         self._make_attention(self._threads(1))
         self._embed(np.array([token]), self._x)
         arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
-        each = text.own_bytes(self._most, self.model.config.head_dim, self._room)
+        each = text.own_bytes(self._most, self.model.config.head_dim, self.stored.room)
         self._run(text.step_kernel(), arguments, each, (position,), 1)
         self._finish(position, 1)
         return self._logits[: self.model.config.vocab_size].copy()
@@ -204,7 +206,7 @@ class Compiled:
             self._many = self._make_many(-(-tokens // TOKENS) * TOKENS)
         _, x, buffers, layers = self._many
         self._prepare(position, tokens)
-        for name in ("keys", "values", "room"):
+        for name in ("keys", "values", "room", "value_room"):
             layers[name] = self._layers[name]
         self._embed(ids, x)
         arguments = self._sizes, self._numbers, layers, buffers
@@ -227,11 +229,10 @@ class Compiled:
         """Kernels of attention for as many heads together as so many threads meet."""
         if threads in self._attention_for:
             return
-        from refllm.kernels.packed.token_attention import attend_address, needed
+        from refllm.kernels.packed.token_attention import needed
 
         heads = self.model.config.num_heads
-        for together in needed(heads, heads // self.model.config.num_kv_heads, threads):
-            self._attention[together] = attend_address(together)
+        self.stored.kernels(self._attention, needed(heads, heads // self.model.config.num_kv_heads, threads))
         self._attention_for.add(threads)
 
     def _make_many(self, tokens: int) -> tuple:
@@ -267,21 +268,10 @@ class Compiled:
         return arrays["x"], buffers
 
     def _prepare(self, position: int, tokens: int) -> None:
-        """Rotations of the next tokens, room for them in every store, and the addresses of arrays that have moved.
-
-        All stores grow alike and in order, so the first one tells for all.
-        """
+        """Rotations of the next tokens, and what the layers have to know of their stores."""
         for rope, rotation in self._rotations.items():
             rotation[:, :tokens] = self._angles(rope, position, tokens)
-        stores, end = self.cache.stores, position + tokens
-        if self._known is stores[0].keys is not None and end <= self._room:
-            return
-        none = np.empty((1, self.model.config.num_kv_heads, 0, self.model.config.head_dim), np.float32)
-        for layer, store in zip(self._layers, stores, strict=True):
-            store.truncate(position)
-            keys, values = store.reserve(end, none, none)
-            layer["keys"], layer["values"], layer["room"] = keys.ctypes.data, values.ctypes.data, keys.shape[-2]
-        self._known, self._room = stores[0].keys, stores[0].keys.shape[-2]
+        self.stored.prepare(self._layers, position, tokens)
 
     def _angles(self, rope, position: int, tokens: int) -> np.ndarray:
         """cos and sin (2, tokens, head_dim / 2) of the next tokens, from a table of some more than were asked for."""
@@ -308,8 +298,7 @@ class Compiled:
 
     def _finish(self, position: int, tokens: int) -> None:
         """Count the new tokens."""
-        for store in self.cache.stores:
-            store.claim(position, tokens)
+        self.stored.finish(position, tokens)
         self.cache.length = position + tokens
 
     def _layer(self, layer: int) -> np.ndarray:

@@ -244,13 +244,13 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
         kind = _product(layer.k, normed, hidden, kind, buffers, laid, buffers.k, thread, threads)
         _product(layer.v, normed, hidden, kind, buffers, laid, buffers.v, thread, threads)
         barrier(meeting, threads)
-        head_bytes = layer.room * dim * 4
+        head_bytes, value_bytes = layer.room * dim * 4, layer.value_room * dim * 4
         for h in range(first_kv, last_kv):
-            key, value, at = buffers.k + 4 * dim * h, buffers.v + 4 * dim * h, h * head_bytes + 4 * dim * position
+            key, value, at = buffers.k + 4 * dim * h, buffers.v + 4 * dim * h, 4 * dim * position
             if layer.k_norm:
                 norm(key, dim, layer.k_norm, eps, key, 0)
-            rotate(key, dim, layer.cos, layer.sin, layer.keys + at)
-            copy(value, dim, layer.values + at)
+            rotate(key, dim, layer.cos, layer.sin, layer.keys + at + h * head_bytes)
+            copy(value, dim, layer.values + at + h * value_bytes)
         barrier(meeting, threads)
         start = max(0, position + 1 - layer.window) if layer.window else 0
         h = first_head
@@ -261,8 +261,11 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
                 if layer.q_norm:
                     norm(query, dim, layer.q_norm, eps, query, 0)
                 rotate(query, dim, layer.cos, layer.sin, normed + 4 * dim * i)
-            of = h // per_group * head_bytes + 4 * dim * start
-            what = normed, layer.keys + of, layer.values + of, position + 1 - start, dim, scratch, mixed + 4 * dim * h
+            keys, values, count = layer.coded, h // per_group, position + 1
+            if not layer.coded:
+                of = h // per_group * head_bytes + 4 * dim * start
+                keys, values, count = layer.keys + of, layer.values + of, position + 1 - start
+            what = normed, keys, values, count, dim, scratch, mixed + 4 * dim * h
             call(word(buffers.attend, together), what)
             h += together
         barrier(meeting, threads)

@@ -6,8 +6,8 @@
 
 Tokens of a key channel that have one scale are unpacked with one multiply-add for sixteen of them, a token to a lane,
 and multiplied with every query head that shares the keys while they lie in registers; values likewise, sixteen
-channels at a time. Products of keys are summed in float32, all else in float64. The NumPy text is attend over the
-dequantised arrays.
+channels at a time. Products of keys, and values of up to AGAIN tokens, are summed in float32, all else in float64. The
+NumPy text is attend over the dequantised arrays.
 
 A cache is a row of WORDS: addresses of packed codes, scales, minima and of what is in float32, for keys and values, and
 the bytes from head to head; then how many blocks and tokens there are.
@@ -20,10 +20,9 @@ from numba import types
 
 from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
 from refllm.kernels.packed.lanes import (
+    add_widened,
     codes_run,
-    double_grid,
     fma,
-    load_codes,
     load_double,
     load_float,
     load_half,
@@ -31,12 +30,9 @@ from refllm.kernels.packed.lanes import (
     repeated,
     splat,
     splats,
-    splats_apart,
     store_double,
     store_float,
-    store_grid,
     store_widened,
-    widen,
     word,
     zeros,
 )
@@ -103,47 +99,68 @@ def _score_some(bits: int, n: int, vectors: int):
     return score_some
 
 
+def _add_some(bits: int, n: int, vectors: int):
+    """packed_values of `vectors` times sixteen channels that share scales."""
+    sums_of = n * vectors
+
+    @jitable
+    def add_some(shares, first, last, codes, code_bytes, scale, low, apart, sums, dim, c):
+        """shares : (last - first, n) float32; codes, scale, low : of token 0; sums : (n, dim) float64, from c on."""
+        total = zeros(sums_of)
+        for i in range(first, last):
+            step, lowest = splat(load_half(scale + i * apart)), splat(load_half(low + i * apart))
+            values = fma(codes_run(codes + i * code_bytes, bits, vectors), step, lowest)
+            total = fma(over_again(values, n), repeated(splats(shares + 4 * n * (i - first), n), vectors), total)
+        add_widened(sums + 8 * c, 8 * dim, total, n)
+
+    return add_some
+
+
 def _text(bits: int, group: int, n: int):
     """Attention of one token in n heads that share keys and values."""
     dot_keys, add_values = words(n)
     vectors = min(group // SOME, 8 // n)  # as many sums as the registers hold
     score_several, score_one = _score_some(bits, n, vectors), _score_some(bits, n, 1)
+    add_several, add_one = _add_some(bits, n, vectors), _add_some(bits, n, 1)
+    whole = group // (SOME * vectors) * vectors * SOME  # tokens or channels of a group that are taken together
 
     @jitable
     def packed_scores(turned, dim, codes, scale, low, residual, blocks, scores, room):
         """scores[h, i] (float64) of blocks * residual tokens."""
-        per_block, code_bytes, whole = residual // group, residual * bits // 8, group // (SOME * vectors) * vectors
+        per_block, code_bytes = residual // group, residual * bits // 8
         for g in range(blocks * per_block):
             at = dim * (g // per_block) * per_block + g % per_block  # of the first channel's scale
             code = codes + dim * (g // per_block) * code_bytes + g % per_block * group * bits // 8
             s, m, apart, to = scale + 2 * at, low + 2 * at, 2 * per_block, scores + 8 * g * group
-            for v in range(0, whole, vectors):
-                score_several(turned, dim, code + 2 * bits * v, code_bytes, s, m, apart, to + 8 * SOME * v, room)
-            for v in range(whole, group // SOME):
-                score_one(turned, dim, code + 2 * bits * v, code_bytes, s, m, apart, to + 8 * SOME * v, room)
+            for t in range(0, whole, SOME * vectors):
+                score_several(turned, dim, code + bits * t // 8, code_bytes, s, m, apart, to + 8 * t, room)
+            for t in range(whole, group, SOME):
+                score_one(turned, dim, code + bits * t // 8, code_bytes, s, m, apart, to + 8 * t, room)
 
     @jitable
-    def packed_values(shares, room, dim, codes, scale, low, tokens, sums):
-        """sums[h] += sum over i of shares[h, i] * value i (float64)."""
-        groups, code_bytes = dim // group, dim * bits // 8
+    def packed_values(shares, room, dim, codes, scale, low, tokens, sums, some):
+        """sums[h] += sum over i of shares[h, i] * value i (float64); some : room for (AGAIN, n) float32."""
+        groups, code_bytes, columns = dim // group, dim * bits // 8, SOME * vectors
         for first in range(0, tokens, AGAIN):
             last = min(tokens, first + AGAIN)
-            for c in range(0, dim, SOME):
-                code, at = codes + c * bits // 8, 2 * (c // group)
-                total = double_grid(sums + 8 * c, 8 * dim, n, 2)
-                for i in range(first, last):
-                    step = splat(load_half(scale + 2 * groups * i + at))
-                    lowest = splat(load_half(low + 2 * groups * i + at))
-                    value = widen(fma(load_codes(code + i * code_bytes, bits), step, lowest))
-                    share = repeated(splats_apart(shares + 8 * i, 8 * room, n), 2)
-                    total = fma(over_again(value, n), share, total)
-                store_grid(sums + 8 * c, 8 * dim, total, n)
+            for i in range(first, last):
+                for h in range(n):
+                    share = np.float32(load_double(shares + 8 * (room * h + i)))
+                    store_float(some + 4 * (n * (i - first) + h), share)
+            for g in range(groups):
+                for c in range(g * group, g * group + whole, columns):
+                    code, at = codes + c * bits // 8, 2 * g
+                    add_several(some, first, last, code, code_bytes, scale + at, low + at, 2 * groups, sums, dim, c)
+                for c in range(g * group + whole, (g + 1) * group, SOME):
+                    code, at = codes + c * bits // 8, 2 * g
+                    add_one(some, first, last, code, code_bytes, scale + at, low + at, 2 * groups, sums, dim, c)
 
     def attend_coded(queries, table, j, count, dim, own, out):
         scale, cap = load_double(own), load_double(own + 8)
         room, start, packed = attention_room(count), word(table, _START), word(table, _BLOCKS) * word(table, _RESIDUAL)
         wide = own + 8 * KNOBS
-        sums, turned, scores = wide + 8 * n * dim, wide + 16 * n * dim, wide + 24 * n * dim
+        sums, turned, some = wide + 8 * n * dim, wide + 16 * n * dim, wide + 24 * n * dim
+        scores = some + 4 * n * AGAIN
         for h in range(n):
             for d in range(dim):
                 store_float(turned + 4 * (n * d + h), np.float32(scale) * load_float(queries + 4 * (dim * h + d)))
@@ -158,7 +175,7 @@ def _text(bits: int, group: int, n: int):
             clear(mine, start)
         codes, s, low, rest = _values_of(table, j)
         tokens = word(table, _TOKENS)
-        packed_values(scores, room, dim, codes, s, low, tokens, sums)
+        packed_values(scores, room, dim, codes, s, low, tokens, sums, some)
         add_values(scores + 8 * tokens, room, rest, word(table, _V_TAIL), dim, sums)
         for h in range(n):
             finish(sums + 8 * dim * h, dim, load_double(wide + 8 * h), out + 4 * dim * h)

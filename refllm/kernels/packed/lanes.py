@@ -168,20 +168,26 @@ def store_grid(typing, address, stride, values, n):
     return types.void(types.intp, types.intp, values, n), generate
 
 
-@intrinsic(prefer_literal=True)
-def store_widened(typing, address, stride, values, n):
-    """The same of floats, as doubles."""
+def _widened(add: bool):
+    @intrinsic(prefer_literal=True)
+    def to_doubles(typing, address, stride, values, n):
+        """store_grid of floats, as doubles; or their sums with the doubles that stand there."""
 
-    def generate(context, b, sig, args):
-        m = values.n // n.literal_value
-        for i, value in enumerate(_split(b, values, args[2], values.n)):
-            place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i // m)))
-            wide = b.fpext(value, ir.VectorType(F64, LANES))
-            pointer = b.inttoptr(b.add(place, ir.Constant(place.type, 128 * (i % m))), wide.type.as_pointer())
-            b.store(wide, pointer, align=8)
-        return context.get_dummy_value()
+        def generate(context, b, sig, args):
+            m = values.n // n.literal_value
+            for i, value in enumerate(_split(b, values, args[2], values.n)):
+                place = b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i // m)))
+                wide = b.fpext(value, ir.VectorType(F64, LANES))
+                pointer = b.inttoptr(b.add(place, ir.Constant(place.type, 128 * (i % m))), wide.type.as_pointer())
+                b.store(b.fadd(wide, b.load(pointer, align=8)) if add else wide, pointer, align=8)
+            return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, values, n), generate
+        return types.void(types.intp, types.intp, values, n), generate
+
+    return to_doubles
+
+
+store_widened, add_widened = _widened(add=False), _widened(add=True)
 
 
 @intrinsic(prefer_literal=True)

@@ -39,9 +39,11 @@ LAYER = np.dtype(
     + [
         ("cos", _ADDRESS),  # (tokens, head_dim / 2) of the tokens at hand, likewise sin
         ("sin", _ADDRESS),
-        ("keys", _ADDRESS),  # (kv heads, room, head_dim) float32, likewise values
+        ("keys", _ADDRESS),  # (kv heads, room, head_dim) float32, where the token at position 0 is, or would be
         ("values", _ADDRESS),
         ("room", np.int64),
+        ("value_room", np.int64),  # of the values, where a token is written beside codes
+        ("coded", _ADDRESS),  # of kv_attention.WORDS: keys and values in codes, the last ones in float32
         ("window", np.int64),  # 0: none
     ]
 )
@@ -62,7 +64,7 @@ BUFFERS = np.dtype(
             "logits",  # of one token
             "laid",  # activations laid out, of many tokens
             "lay_out",  # the kernel that lays out
-            "attend",  # a table of kernels: number i is for i heads that share keys and values
+            "attend",  # a table of kernels, for codes if there are: number i is for i heads that share keys and values
             "meeting",  # of the team
         )
     ]

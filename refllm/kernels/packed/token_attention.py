@@ -239,5 +239,8 @@ def needed(heads: int, per_group: int, threads: int) -> set[int]:
 
 
 def own_doubles(n: int, dim: int, count: int) -> int:
-    """Float64 numbers that attention of n heads over so many tokens needs: knobs, queries (twice), sums, scores."""
-    return KNOBS + n * (3 * dim + count + 2 * WIDE)
+    """Float64 numbers that attention of n heads over so many tokens needs, of codes or not.
+
+    Knobs, queries (twice), sums, scores, shares of some tokens as float32.
+    """
+    return KNOBS + n * (3 * dim + count + 2 * WIDE + AGAIN // 2)

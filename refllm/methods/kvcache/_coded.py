@@ -232,16 +232,37 @@ class Growing:
         """The tokens held, without a copy."""
         return self._part(self._start, self._start + self.count)
 
+    @property
+    def after(self) -> np.ndarray:
+        """The place behind the last one, for which there must be room."""
+        end = self._start + self.count
+        return self._part(end, end + 1)
+
     def append(self, x: np.ndarray) -> None:
         """Add tokens at the end of the axis."""
         new = x.shape[self.axis]
-        if self._buffer is None:
-            self._buffer = np.empty(x.shape, x.dtype)
-        if self._start + self.count + new > self._buffer.shape[self.axis]:
-            self._move(max(2 * self.count, self.count + new, 16))
+        self.reserve(x, new)
         end = self._start + self.count
         self._part(end, end + new)[...] = x
         self.count += new
+
+    def reserve(self, like: np.ndarray, new: int) -> None:
+        """Room for so many more, of the shape and type of an array but for this axis."""
+        if self._buffer is None:
+            self._buffer = np.empty(like.shape, like.dtype)
+            self._where = self._buffer.ctypes.data
+        if self._start + self.count + new > self._buffer.shape[self.axis]:
+            self._move(max(2 * self.count, self.count + new, 16))
+
+    @property
+    def address(self) -> int:
+        """Where the first one is, of the first head of one sequence; 0 before anything has come."""
+        return 0 if self._buffer is None else self._where + self._start * self._buffer.strides[self.axis]
+
+    @property
+    def head_bytes(self) -> int:
+        """How far the next head is."""
+        return 0 if self._buffer is None else self._buffer.strides[1]
 
     def drop(self, n: int) -> None:
         """Forget the first n."""
@@ -259,6 +280,7 @@ class Growing:
         shape = list(old.shape)
         shape[self.axis] = room
         self._buffer, self._start = np.empty(shape, old.dtype), 0
+        self._where = self._buffer.ctypes.data
         self._part(0, self.count)[...] = old
 
 

@@ -165,6 +165,70 @@ class KiviStore:
         one = q.ndim == 4 and q.shape[0] == q.shape[-2] == 1 and k.shape[-1] == v.shape[-1]
         return one and q.dtype == np.float32 and self.group_size % 16 == 0 and backend() == "numba"
 
+    @property
+    def packing(self) -> tuple[int, int, int] | None:
+        """The form of the codes, if the compiled step has kernels for it (model/compiled_caches.py)."""
+        return None if self.group_size % 16 else (self.bits, self.group_size, self.residual)
+
+    def go_on(self, position: int, none: np.ndarray) -> None:
+        """Make ready for compiled steps from `position` on.
+
+        Parameters
+        ----------
+        none : (1, Hk, 0, D) float32
+            No keys, or values, of the model's shape.
+
+        Raises
+        ------
+        ValueError
+            As `extend`, of shapes and types.
+        """
+        self._check(none, none, np.arange(position, position))
+        self.truncate(position)
+        self._quantize_until(self.length)
+
+    def coded_words(self, none: np.ndarray) -> list[int]:
+        """What a compiled step for the next token has to know (kernels/packed/kv_attention.WORDS).
+
+        The token counts as there already, behind the keys and values in full. `none` as above.
+        """
+        words, counts = [], []
+        for packed, full in ((self._k_packed, self._k_full), (self._v_packed, self._v_full)):
+            full.reserve(none, 1)
+            words += [packed.codes.address, packed.scale.address, packed.minimum.address, full.address]
+            words += [packed.codes.head_bytes, packed.scale.head_bytes, full.head_bytes]
+            counts += [packed.count, full.count + 1]
+        return [*words, *counts, self.residual, 0]
+
+    @staticmethod
+    def claim_all(stores: list["KiviStore"]) -> None:
+        """Count the token that a compiled step has written into every store of a cache, and code what has become due.
+
+        Stores of one cache are alike, so the values that leave their windows are coded together.
+
+        Raises
+        ------
+        ValueError
+            As `extend`, of numbers. No store has the token then.
+        """
+        for name, side in (("key", "_k_full"), ("value", "_v_full")):
+            new = np.stack([getattr(store, side).after for store in stores])
+            stores[0]._check_numbers(name, new)
+        for store in stores:
+            store._k_full.count += 1
+            store._v_full.count += 1
+            store.length += 1
+        one = stores[0]
+        if one.length - one._v_packed.count > one.residual:
+            groups = np.stack([split_axis(store._v_full.view[..., :1, :], -1, one.group_size) for store in stores])
+            parts = one._v_packed.encode(groups)
+            for store, *coded in zip(stores, *parts, strict=True):
+                store._v_packed.put(*coded)
+                store._v_full.drop(1)
+        if one.length % one.residual == 0:
+            for store in stores:
+                store._quantize_until(store.length)
+
     def _take(self, k, v, positions):
         """Check new tokens and put them behind the window in full."""
         self._check(k, v, positions)
@@ -177,11 +241,14 @@ class KiviStore:
         for name, x in (("key", k), ("value", v)):
             if x.shape[-1] % self.group_size:
                 raise ValueError(f"kivi group_size {self.group_size} does not divide the {name} head_dim {x.shape[-1]}")
-            if not (np.abs(x) <= self._limit).all():  # NaN compares false
-                raise ValueError(f"kivi stores float16 scales: {name}s must be finite and at most {self._limit:g}")
+            self._check_numbers(name, x)
         start, layout = check_order("kivi", self.length, self._first, k, v, positions)
         self.truncate(start)
         self._first = layout
+
+    def _check_numbers(self, name: str, x: np.ndarray) -> None:
+        if not (np.abs(x) <= self._limit).all():  # NaN compares false
+            raise ValueError(f"kivi stores float16 scales: {name}s must be finite and at most {self._limit:g}")
 
     def _quantize_until(self, length: int) -> None:
         """Quantise what is due once `length` tokens have been attended."""
@@ -261,8 +328,16 @@ class _Packed:
 
     def append(self, groups: np.ndarray) -> None:
         """Quantise (..., groups, G) and store it."""
+        self.put(*self.encode(groups))
+
+    def encode(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Packed codes, scales and minima of (..., groups, G)."""
         codes, scale, minimum = quantize_groups(groups, self.bits)
-        self.codes.append(pack_bits(codes.reshape(*codes.shape[:-2], -1), self.bits))
+        return pack_bits(codes.reshape(*codes.shape[:-2], -1), self.bits), scale, minimum
+
+    def put(self, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> None:
+        """Store what `encode` gave."""
+        self.codes.append(codes)
         self.scale.append(scale)
         self.minimum.append(minimum)
 

@@ -1,6 +1,8 @@
 """The compiled forward pass is the readable one: every architecture, dense and packed, one token and many."""
 
+import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.packed import threads
 from refllm.kernels.packed.quantized import IntWeight
 from refllm.kernels.packed.records import LowRank, SparseBitmask, Sum, as_float
+from refllm.methods.kvcache.kivi import kivi
 from refllm.model import compiled
 from refllm.model.cache import DenseStore, KVCache, new_cache
 from refllm.model.llama import forward
@@ -132,6 +135,67 @@ def test_a_rolled_back_cache_goes_on_as_if_nothing_had_been():
     cache.truncate(80)
     again = [forward(model, [i], cache=cache) for i in IDS[80:]]
     assert np.array_equal(np.concatenate(again), y[80:])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_codes_of_a_cache_are_read_and_written(architecture, bits, monkeypatch):
+    """From one state of the cache both passes get the same logits, and stores that hold the same."""
+    sizes = dict(head_dim=32) if bits == 4 else dict(head_dim=16, attention_softcap=4.0)
+    model = packed(random_model(architecture, **sizes))
+    group = sizes["head_dim"]
+    cache = new_cache(model, partial(kivi, bits=bits, group_size=group, residual=2 * group if bits == 1 else group))
+    forward(model, IDS[:5], cache=cache)
+    for token in IDS[5:100]:
+        cache.compiled, made = None, cache.compiled
+        other = copy.deepcopy(cache)
+        cache.compiled = made
+        y = forward(model, [token], cache=cache)
+        with monkeypatch.context() as context:
+            context.setenv("REFLLM_KERNELS", "numpy")
+            expected = forward(model, [token], cache=other)
+        assert isinstance(cache.compiled[1], compiled.Compiled) and other.compiled is None
+        assert distance(y, expected).max() < 1e-5
+        for mine, its in zip(cache.stores, other.stores, strict=True):
+            assert mine.length == its.length and mine.nbytes == its.nbytes
+            its = its.parts()
+            for name, part in mine.parts().items():
+                assert part.shape == its[name].shape and part.dtype == its[name].dtype
+                if "codes" in name:
+                    assert (part == its[name]).mean() > 0.98
+                else:
+                    np.testing.assert_allclose(part, its[name], rtol=2e-3, atol=1e-5 * np.abs(its[name]).max())
+    ends = cache.length
+    with pytest.raises(ValueError, match="cannot go back"):
+        cache.truncate(40)
+    assert cache.length == ends
+
+
+def test_several_tokens_and_stores_that_may_go_back_are_for_the_readable_pass(monkeypatch):
+    model = packed(random_model("llama", head_dim=16))
+    cache = new_cache(model, partial(kivi, group_size=16, residual=16))
+    forward(model, IDS[:20], cache=cache)
+    assert compiled.compiled_for(model, cache, 1) is not None and compiled.compiled_for(model, cache, 2) is None
+    for store in cache.stores:
+        store.rollback = 1
+    assert compiled.compiled_for(model, cache, 1) is None
+    mixed = new_cache(model, lambda layer: kivi(layer, group_size=16, residual=16 << layer))
+    mixed.check_batch(1)
+    assert compiled.compiled_for(model, mixed, 1) is None
+
+
+def test_numbers_that_codes_cannot_hold_are_refused_and_the_token_forgotten():
+    model = packed(random_model("llama", head_dim=16))
+    cache = new_cache(model, partial(kivi, group_size=16, residual=16))
+    forward(model, IDS[:40], cache=cache)
+    before = [{n: p.copy() for n, p in s.parts().items()} for s in cache.stores]
+    weights = dict(model.weights)
+    weights["model.embed_tokens.weight"] = np.full_like(weights["model.embed_tokens.weight"], np.nan)
+    with pytest.raises(ValueError, match=r"(keys|values) must be finite"):
+        forward(replace(model, weights=weights), IDS[:1], cache=cache)
+    for store, parts in zip(cache.stores, before, strict=True):
+        assert all(np.array_equal(parts[n], p) for n, p in store.parts().items())
+    assert cache.length == 40
 
 
 def test_both_passes_share_a_cache(monkeypatch):
