@@ -320,8 +320,8 @@ def test_bench_hands_over(run, jobs, model, tmp_path):
     run("bench", "bandwidth", "--threads", "3")
     decode, prefill, quantize, bandwidth = jobs
     common = {"peers": [], "rounds": 5}
-    expected = {"what": "decode", "threads": 2, "tokens": 128, "models": [str(file)], "busy": 0}
-    assert decode == expected | common | {"activations": ["float32", "int8"]}
+    expected = {"what": "decode", "threads": 2, "tokens": 128, "models": [str(file)], "busy": 0, "context": 8}
+    assert decode == expected | common | {"activations": ["float32", "int8"], "caches": ["none"]}
     assert prefill["models"] == [model, str(file)] and (prefill["tokens"], prefill["activations"]) == (512, ["int8"])
     assert quantize["recipes"] == ["rtn:bits=4"] and quantize["shapes"] == [[8, 256]] and not quantize["calibration"]
     assert bandwidth == {"what": "bandwidth", "threads": 3, "rounds": 9, "peers": []}
@@ -335,6 +335,11 @@ def test_bench_checks_before_it_measures(run, jobs, model, tmp_path):
         (["kernels", "--types", "Q4_K", "--shapes", "8x100"], 1, "100 columns are no multiple of 256"),
         (["kernels", "--shapes", "8"], 2, "must be OUTxIN, e.g. 4096x4096, got '8'"),
         (["kernels", "--plot", "a.jpg"], 1, "the picture must be a .png file"),
+        (
+            ["decode", model, "--caches", "none", "rtn"],
+            2,
+            "--caches takes recipes of caches only, rtn in 'rtn' is none",
+        ),
         (["decode", model, "--peer", "llama.cpp"], 2, "to compare with a peer give a .gguf file"),
         (["decode", tmp_path / "a.gguf", "--peer", "torch, llama.cpp"], 1, "torch is no peer of bench decode"),
         (["decode", tmp_path / "none.gguf"], 1, "no such file or folder"),

@@ -32,6 +32,10 @@ def add_commands(commands) -> None:
         _activations(parser, ("int8",))
         about = "keep so many processors busy meanwhile, to see what sharing costs"
         parser.add_argument("--busy", type=count, default=0, metavar="N", help=about)
+        if name == "decode":
+            parser.add_argument("--context", type=count, default=8, metavar="N", help="tokens read before (default 8)")
+            about = "recipes of refllm's cache, such as kivi:bits=4; none: as it comes (default none)"
+            parser.add_argument("--caches", nargs="+", type=recipe_text, default=["none"], metavar="R", help=about)
 
     parser = _add(commands, "quantize", quantize, "seconds to encode a matrix, or to compress a model", rounds=5)
     _types(parser, "GGUF types", "--types")
@@ -112,6 +116,7 @@ def kernels(args) -> int:
 def generation(args) -> int:
     """Tokens per second of each file."""
     from refllm.evaluate.bench.files import default_files
+    from refllm.methods.recipes import parse
     from refllm.model.load import resolve
 
     paths = [resolve(model) for model in args.models] or default_files()
@@ -119,12 +124,19 @@ def generation(args) -> int:
         for path in paths:
             if path.is_dir():
                 raise UsageError(f"{path} is a folder; to compare with a peer give a .gguf file (refllm convert)")
+    more = {}
+    if args.what == "decode":
+        for recipe in args.caches:
+            if others := [stage.method for stage in parse(recipe) if stage.family != "kvcache"]:
+                raise UsageError(f"--caches takes recipes of caches only, {others[0]} in {recipe!r} is none")
+        more = {"context": args.context, "caches": args.caches}
     return _measure(
         args,
         models=[str(path) for path in paths],
         activations=args.activations,
         tokens=args.tokens,
         busy=args.busy,
+        **more,
     )
 
 

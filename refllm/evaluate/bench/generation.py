@@ -1,7 +1,8 @@
 """`refllm bench decode` and `prefill`: tokens per second of a GGUF file, refllm and peers on the same file.
 
     prefill   one pass over a prompt, logits of its last token (llama-bench's pp512)
-    decode    one token after another behind a short prompt, logits of each (llama-bench's tg128)
+    decode    one token after another behind a short prompt, logits of each (llama-bench's tg128); or behind a long one,
+              where keys and values are read as much as weights, with caches of refllm's that hold less
 
 All programs read the same tokens, a text, so that their work is the same whatever they would have written. Before
 anything is timed they read it once, and the share of positions at which a peer and refllm find the same likeliest token
@@ -17,6 +18,7 @@ import numpy as np
 from refllm.evaluate.bench import bandwidth
 from refllm.evaluate.bench.rounds import Candidate, take_turns
 from refllm.formats.files import data_path
+from refllm.methods.apply import compress
 from refllm.model.cache import new_cache
 from refllm.model.llama import forward
 from refllm.model.load import load
@@ -34,12 +36,16 @@ class RefllmModel:
     ----------
     model : Model
     activations : "int8" or "float32"
+    cache : str
+        A recipe for its cache; "none": keys and values as they come.
     """
 
     program = "refllm"
 
-    def __init__(self, model: Model, activations: str = "int8"):
-        self.model, self.detail = replace(model, runtime=replace(model.runtime, activations=activations)), activations
+    def __init__(self, model: Model, activations: str = "int8", cache: str = "none"):
+        model = compress(model, cache)
+        self.model = replace(model, runtime=replace(model.runtime, activations=activations))
+        self.detail = activations if cache == "none" else f"{activations} {cache}"
         self._cache = self._logits = None
 
     def start(self, ids: np.ndarray) -> None:
@@ -78,19 +84,20 @@ def text_ids(model: Model, count: int) -> np.ndarray:
     return np.asarray(ids)
 
 
-def measure_decode(path, *, tokens: int = 128, **options) -> dict:
-    """Decode so many tokens after a prompt of `PROMPT`; options and result as of `measure_file`."""
+def measure_decode(path, *, tokens: int = 128, context: int = PROMPT, **options) -> dict:
+    """Decode so many tokens behind `context` others; options and result as of `measure_file`."""
 
     def candidate(program, ids):
-        rest = [int(i) for i in ids[PROMPT:]]
+        rest = [int(i) for i in ids[context:]]
 
         def turn():
             for token in rest:
                 program.step(token)
 
-        return Candidate(_name(program), turn, tokens, before=lambda: program.start(ids[:PROMPT]))
+        return Candidate(_name(program), turn, tokens, before=lambda: program.start(ids[:context]))
 
-    return measure_file(path, PROMPT + tokens, candidate, tokens=tokens, **options)
+    found = measure_file(path, context + tokens, candidate, tokens=tokens, **options)
+    return found | {"rows": [row | {"context": context} for row in found["rows"]]}
 
 
 def measure_prefill(path, *, tokens: int = 512, **options) -> dict:
@@ -107,6 +114,7 @@ def measure_file(
     tokens: int,
     reads: float = 1,
     activations: Sequence[str] = ACTIVATIONS,
+    caches: Sequence[str] = ("none",),
     threads: int = 1,
     peers: Sequence = (),
     rounds: int = 5,
@@ -129,6 +137,8 @@ def measure_file(
         How often a token's share of the work reads all weights.
     activations : sequence of str
         Of refllm: int8, float32.
+    caches : sequence of str
+        Recipes of refllm's caches, "none" for keys and values as they come.
     threads, peers, rounds, read_bytes, on_step :
         As in `measure_products`.
 
@@ -144,7 +154,7 @@ def measure_file(
     if context > model.config.context_length:
         raise ValueError(f"{name} has a context of {model.config.context_length} tokens, {context} are needed")
     ids = text_ids(model, context)
-    programs = [RefllmModel(model, way) for way in activations]
+    programs = [RefllmModel(model, way, cache) for way in activations for cache in caches]
     programs += [peer.open_model(path, context) for peer in peers]
     try:
         say(f"{name}: comparing what the programs predict")
@@ -161,8 +171,11 @@ def measure_file(
     for row, program in zip(rows, programs, strict=True):
         row |= {"file": name, "tokens": tokens, "weight_bytes": nbytes}
         if program.program == "refllm":
-            others = [other for other in programs if other.program != "refllm"]
-            row["ratios"] = {_name(other): found.ratio(_name(program), _name(other)) for other in others}
+            others = {_name(other): other for other in programs if other.program != "refllm"}
+            if len(caches) > 1:
+                way = program.detail.split()[0]
+                others["first cache"] = next(other for other in programs if other.detail.startswith(way))
+            row["ratios"] = {name: found.ratio(_name(program), _name(other)) for name, other in others.items()}
     return {"rows": rows, "bandwidth_gbytes_per_s": read, "other_work": found.other_work}
 
 

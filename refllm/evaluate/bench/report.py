@@ -101,7 +101,8 @@ def _generation(result: dict) -> list[str]:
         ]
         for row in rows
     ]
-    title = f"{result['what']}: {rows[0]['tokens']} tokens {'written one by one' if decode else 'read at once'}"
+    how = f"written one by one behind {rows[0]['context']} others" if decode else "read at once"
+    title = f"{result['what']}: {rows[0]['tokens']} tokens {how}"
     return [title, table([*header, *(f"x {peer}" for peer in peers)], cells, left=2), ""]
 
 

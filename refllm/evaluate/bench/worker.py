@@ -94,6 +94,7 @@ def _generation(job: dict, peers: list, say) -> list[dict]:
 
     run = {"decode": measure_decode, "prefill": measure_prefill}[job["what"]]
     options = {key: job[key] for key in ("activations", "tokens", "threads", "rounds")}
+    options |= {key: job[key] for key in ("context", "caches") if key in job}
     return [run(path, peers=peers, on_step=say, **options, **job.get("sizes", {})) for path in job["models"]]
 
 

@@ -83,6 +83,14 @@ def test_decode(model, folder):
     assert calls == [*compared, *3 * turn]  # a warm-up and two rounds
 
 
+def test_caches_of_fewer_bits_behind_a_longer_context(folder):
+    found = measure_decode(folder, tokens=12, context=60, caches=["none", "qserve:bits=8"], **SMALL)
+    plain, coded = found["rows"]
+    assert (plain["detail"], coded["detail"]) == ("int8", "int8 qserve:bits=8") and coded["context"] == 60
+    assert plain["ratios"] == {"first cache": 1}
+    assert coded["ratios"] == {"first cache": pytest.approx(coded["tokens_per_s"] / plain["tokens_per_s"])}
+
+
 def test_prefill(model, folder):
     peer = FakePeer(model)
     row = measure_prefill(folder, tokens=40, peers=[peer], **SMALL)["rows"][0]

@@ -55,6 +55,7 @@ DECODE = COMMON | {
             "program": program,
             "detail": "",
             "tokens": 128,
+            "context": 8,
             "weight_bytes": 5_000_000,
             "same_top1": 0.98,
             "ratios": ratios,
@@ -81,7 +82,7 @@ def test_table_of_kernels():
 
 def test_table_of_decode():
     lines = report.text(DECODE).splitlines()
-    assert lines[0] == "decode: 128 tokens written one by one"
+    assert lines[0] == "decode: 128 tokens written one by one behind 8 others"
     assert next(line for line in lines if line.startswith("a.gguf")).split() == [
         "a.gguf", "refllm", "100", "90.0-110", "0.5", "50%", "98%", "1.50",
     ]  # fmt: skip
