@@ -215,10 +215,14 @@ def cache_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "refllm"
 
 
+AROUND = 1 << 16  # bytes
+
+
 def forget_pages(array: np.ndarray) -> None:
     """Let go of the memory behind a view of a mapped file: it is read from the file again when needed.
 
-    Does nothing for other arrays, and on systems (Windows) without such a request.
+    That goes for what lies `AROUND` it, too: a system maps some pages more than were touched. Does nothing for other
+    arrays, and on systems (Windows) without such a request.
     """
     base = array
     while isinstance(base, np.ndarray | memoryview):
@@ -226,6 +230,6 @@ def forget_pages(array: np.ndarray) -> None:
     if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
         return
     whole = np.frombuffer(base, np.uint8).ctypes.data
-    start = (array.ctypes.data - whole) // mmap.PAGESIZE * mmap.PAGESIZE
-    end = array.ctypes.data - whole + array.nbytes
+    start = max(0, array.ctypes.data - whole - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = min(len(base), array.ctypes.data - whole + array.nbytes + AROUND)
     base.madvise(mmap.MADV_DONTNEED, start, end - start)
