@@ -160,6 +160,14 @@ def bitmask_of_int():
     return SparseBitmask(int_weight(W[:, ::4], SymmetricGrid(8, -1)), plain.bitmask, plain.row_offsets, 32)
 
 
+def same_rows(weight, found, expected):
+    """Equal; those of factors up to rounding, for a BLAS may sum products of few rows in another order."""
+    if isinstance(weight, LowRank | Sum):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    else:
+        assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("name", one_of_each_with_rounded_inputs())
 def test_parts_and_back(name):
     record = one_of_each_with_rounded_inputs()[name]
@@ -171,8 +179,8 @@ def test_parts_and_back(name):
     assert dense.dtype == np.float32 and dense.shape == record.shape
     assert np.array_equal(again.dense(), dense)
     ids = np.array([3, 0, 3])
-    assert np.array_equal(record.rows(ids), dense[ids])
-    assert np.array_equal(record.rows(slice(1, 4)), dense[1:4])
+    same_rows(record, record.rows(ids), dense[ids])
+    same_rows(record, record.rows(slice(1, 4)), dense[1:4])
 
 
 def optional_parts(record):
