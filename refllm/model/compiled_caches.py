@@ -66,7 +66,7 @@ class CodedCache:
     def __init__(self, stores: list, config: ModelConfig):
         from refllm.kernels.packed.kv_attention import WORDS
 
-        self.stores, self.room = stores, 0
+        self.stores, self.room = stores, -1  # one more than the last position; none yet
         self._none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
         self._windows = [config.window(layer) for layer in range(config.num_layers)]
         self._bytes = 4 * config.head_dim  # of a token's key

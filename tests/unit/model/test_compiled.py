@@ -145,8 +145,7 @@ def test_codes_of_a_cache_are_read_and_written(architecture, bits, monkeypatch):
     model = packed(random_model(architecture, **sizes))
     group = sizes["head_dim"]
     cache = new_cache(model, partial(kivi, bits=bits, group_size=group, residual=2 * group if bits == 1 else group))
-    forward(model, IDS[:5], cache=cache)
-    for token in IDS[5:100]:
+    for token in IDS:
         cache.compiled, made = None, cache.compiled
         other = copy.deepcopy(cache)
         cache.compiled = made
@@ -182,6 +181,12 @@ def test_several_tokens_and_stores_that_may_go_back_are_for_the_readable_pass(mo
     mixed = new_cache(model, lambda layer: kivi(layer, group_size=16, residual=16 << layer))
     mixed.check_batch(1)
     assert compiled.compiled_for(model, mixed, 1) is None
+
+
+def test_a_first_token_is_checked_as_all_are():
+    model = packed(random_model("llama", head_dim=16))
+    with pytest.raises(ValueError, match="group_size 32 does not divide the key head_dim 16"):
+        forward(model, IDS[:1], cache=new_cache(model, partial(kivi, group_size=32, residual=32)))
 
 
 def test_numbers_that_codes_cannot_hold_are_refused_and_the_token_forgotten():
