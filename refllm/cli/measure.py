@@ -44,6 +44,9 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw quality against size; with --task, recall against bytes of the cache"
     )
+    parser.add_argument(
+        "--resume", metavar="FILE.jsonl", help="keep rows here as they are measured; those of an earlier run are taken"
+    )
     add_calibration(parser)
     add_activations(parser)
 
@@ -106,7 +109,7 @@ def compare(args) -> int:
             note(f"left out: {recipe}: {reason}")
 
         show = lambda number, total, recipe: progress.show(f"{number}/{total} {recipe}")
-        result = comparing.compare(model, recipes, setting, on_recipe=show, on_failed=leave_out)
+        result = comparing.compare(model, recipes, setting, on_recipe=show, on_failed=leave_out, resume=args.resume)
     if args.plot is not None:
         from refllm.evaluate.plots import quality_against_size
 

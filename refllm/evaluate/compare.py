@@ -20,10 +20,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from refllm.evaluate.kept import fingerprint, keep_row, kept_rows
 from refllm.evaluate.measure import sizes
 from refllm.evaluate.perplexity import check_window, plan
 from refllm.evaluate.recall import ITEMS, prompts, questions, share_found
@@ -174,6 +176,7 @@ def compare(
     setting: Setting,
     on_recipe: Callable[[int, int, str], None] | None = None,
     on_failed: Callable[[str, str], None] | None = None,
+    resume: str | Path | None = None,
 ) -> dict:
     """Measure every recipe; those that the methods refuse are found first, before anything is measured.
 
@@ -188,6 +191,9 @@ def compare(
         Called as on_recipe(number, all, recipe) before each recipe.
     on_failed : callable, optional
         Called as on_failed(recipe, reason) as soon as it is known that a recipe cannot be measured.
+    resume : path, optional
+        Rows are kept in this file as they are measured, and what it has already is not measured again
+        (`refllm.evaluate.kept`).
 
     Returns
     -------
@@ -216,35 +222,47 @@ def compare(
         if on_failed is not None:
             on_failed(recipe, str(error))
 
-    refused = _refused(model, recipes, setting)
-    if refused and len(refused) == len(set(recipes)):
+    given = {task: prompts(model, of_task) for task, of_task in asked.items()}
+    keep, rows = (lambda row: None), {}
+    if resume is not None:
+        measured_by = replace(setting, threads=setting.threads or thread_count())
+        of = fingerprint(model, measured_by, [given, repr(asked)])
+        keep, rows = partial(keep_row, resume, of), kept_rows(resume, of)
+    recipes = list(dict.fromkeys(recipes))
+    refused = _refused(model, [recipe for recipe in recipes if recipe not in rows], setting)
+    if refused and len(refused) == len(recipes):
         raise ValueError("; ".join(f"{recipe}: {error}" for recipe, error in refused.items()))
     for recipe, error in refused.items():
         leave_out(recipe, error)
-    recipes = [recipe for recipe in recipes if recipe not in refused]
     with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         np.save(folder / "ids.npy", setting.ids)
-        given = {task: prompts(model, of_task) for task, of_task in asked.items()}
         (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
         # No tokenizer: the processes get ids, and loading one would count in their memory.
         base = replace(model, tokenizer=None)
-        base_row = _measure(base, "none", setting, folder, is_base=True)
-        rows = []
-        for done, recipe in enumerate(recipes, 1):
+        missing = [recipe for recipe in recipes if recipe not in rows and recipe not in refused]
+        if missing or "none" not in rows:  # the base's log-probabilities are what the others are compared with
+            base_row = _with_recall(_measure(base, "none", setting, folder, is_base=True), asked, model.tokenizer)
+            if "none" not in rows:
+                keep(base_row)
+                rows["none"] = base_row
+        for done, recipe in enumerate(missing, 1):
             if on_recipe is not None:
-                on_recipe(done, len(recipes), recipe)
+                on_recipe(done, len(missing), recipe)
+            if recipe in rows:
+                continue
             try:
-                calibration = setting.calibration if needs_calibration(recipe) else None
-                small = compress(base, recipe, calibration) if parse(recipe) else None
-                row = base_row if small is None else _measure(small, recipe, setting, folder)
+                small = compress(base, recipe, setting.calibration if needs_calibration(recipe) else None)
+                row = _measure(small, recipe, setting, folder)
             except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
                 leave_out(recipe, error)
                 continue
-            rows.append({**_with_recall(row, asked, model.tokenizer), "recipe": recipe})
+            rows[recipe] = _with_recall(row, asked, model.tokenizer)
+            keep(rows[recipe])
+    base_row = rows["none"]
     extra = {"tokens_scored", "base_dtype"}
     return {
-        "rows": [{k: v for k, v in row.items() if k not in extra} for row in rows],
+        "rows": [{k: v for k, v in rows[r].items() if k not in extra} for r in recipes if r in rows],
         "failed": failed,
         "protocol": setting.protocol,
         "window": setting.window,
