@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-import refllm
+from refllm import __version__
 from refllm.evaluate.bench.machine import cpu_name
 from refllm.formats.errors import FormatError
 from refllm.formats.files import atomic_write
@@ -43,7 +43,7 @@ def fingerprint(model: Model, setting, asked: list) -> str:
     fields = {name: value for name, value in vars(setting).items() if name not in ("ids", "calibration", "tasks")}
     for ids in (setting.ids, setting.calibration):
         digest.update(np.asarray([] if ids is None else ids, np.int64).tobytes() + b"end")
-    whole = [refllm.__version__, cpu_name(), model.recipe, asdict(model.config), fields, asked]
+    whole = [__version__, cpu_name(), model.recipe, asdict(model.config), fields, asked]
     digest.update(json.dumps(whole, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -91,9 +91,13 @@ def _passkeys(world: World, count: int) -> list[Question]:
 
 
 def prompts(model: Model, asked: Sequence[Question]) -> list[tuple[list[int], int]]:
-    """Ids and number of new tokens of each question; what does not fit loses its left end."""
-    room = lambda q: model.config.context_length - q.new_tokens
-    return [(model.tokenizer.encode(q.prompt)[-room(q) :], q.new_tokens) for q in asked]
+    """Ids and number of new tokens of each question: at least what the answer takes. Long prompts lose their begin."""
+    given = []
+    for q in asked:
+        ids = model.tokenizer.encode(q.prompt)
+        count = max(q.new_tokens, len(model.tokenizer.encode(f"{q.prompt} {q.answer}")) - len(ids))
+        given.append((ids[-(model.config.context_length - count) :], count))
+    return given
 
 
 def answers(model: Model, given: Sequence[tuple[list[int], int]], on_item: Callable[[int], None] | None = None) -> dict:

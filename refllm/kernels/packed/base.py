@@ -57,21 +57,27 @@ def as_float(values: np.ndarray, dtype: str) -> np.ndarray:
     return stored
 
 
+RUN = 512  # columns under one scale, and so many products of a rounded activation and a number stay below 2^24
+
+
 class Whole(NamedTuple):
     """Rows of whole numbers that are scaled group by group: weight = scale number + low.
 
     Parameters
     ----------
     numbers : (rows, in) float32
-        Below 2^9 in magnitude.
+        Up to 255 in magnitude.
     scale : (rows, groups) float32
         Of equally many consecutive columns each.
     low : (rows, groups) float32, or None
+    run : int
+        Columns of a group whose products with activations of one scale are summed before they are scaled.
     """
 
     numbers: np.ndarray
     scale: np.ndarray
     low: np.ndarray | None = None
+    run: int = RUN
 
 
 class BaseRecord:

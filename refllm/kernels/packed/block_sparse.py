@@ -104,7 +104,7 @@ class BlockSparse(BaseRecord):
             return None
         kept = self._kept(ids)
         values = self.values.whole(kept[-1])
-        return values and Whole(*(None if a is None else self._spread(a, *kept) for a in values))
+        return values and Whole(*(None if a is None else self._spread(a, *kept) for a in values[:3]))
 
     def _kept(self, ids: np.ndarray | slice) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """How many rows; of each kept part of a row: which of the rows, which block of it, and which row of values."""

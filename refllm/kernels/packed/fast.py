@@ -36,6 +36,7 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
 SLAB = 80 * TOKENS  # tokens laid out at a time
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of float32
+PAGE = 4096  # bytes; what lies so far apart shares few places of a first-level cache
 
 
 def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
@@ -57,7 +58,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     x = _padded(x, blocks * BLOCK)
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))
-    y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
+    y = _results(panels * n, tiles.tiles * ROWS)
     each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
     codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
     laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
@@ -73,6 +74,12 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
         work = tiles.codes.size * count * n
         over_rows(lambda first, last, target=target: product(*target, first, last), tiles.tiles, work)
     return y[:tokens, : tiles.shape[0]]
+
+
+def _results(rows: int, columns: int) -> np.ndarray:
+    """Room for results. Rows that lay whole pages apart would displace each other from the cache."""
+    apart = columns + (ROWS if 4 * columns % PAGE == 0 else 0)
+    return np.empty((rows, apart), np.float32)[:, :columns]
 
 
 def _padded(x: np.ndarray, columns: int) -> np.ndarray:
@@ -195,7 +202,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     panels = -(-tokens // n)
     x, sums = _laid_codes(x_codes, tiles, panels, n)
     scale = np.ones((panels, tiles.blocks, n), np.float32)
-    y = np.empty((panels * n, tiles.tiles * ROWS), np.float32)
+    y = _results(panels * n, tiles.tiles * ROWS)
     product, stride = _product(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
     over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n)

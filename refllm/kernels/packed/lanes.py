@@ -190,6 +190,30 @@ def _widened(add: bool):
 store_widened, add_widened = _widened(add=False), _widened(add=True)
 
 
+@intrinsic
+def pair(typing, x, y):
+    """Two vectors as one value."""
+    kind = several(x, 2)
+    return kind(x, y), lambda context, b, sig, args: emit_join(b, kind, list(args))
+
+
+def _half(second: bool):
+    @intrinsic
+    def half(typing, values):
+        """Half of some vectors."""
+        kind, start = several(values.vector, values.n // 2), values.n // 2 if second else 0
+
+        def generate(context, b, sig, args):
+            return emit_join(b, kind, _split(b, values, args[0], values.n)[start : start + kind.n])
+
+        return kind(values), generate
+
+    return half
+
+
+first_half, second_half = _half(second=False), _half(second=True)
+
+
 @intrinsic(prefer_literal=True)
 def repeated(typing, values, n):
     """Each of some vectors n times, then the next."""
@@ -341,6 +365,12 @@ def _every(vector: types.Type):
     return one_number
 
 
+@intrinsic
+def whole_zero(typing):
+    """A vector of the integer 0."""
+    return Ints(), lambda context, b, sig, args: constant(Ints.llvm, 0)
+
+
 zeros, wide_zeros = _zeros(Floats), _zeros(Doubles)
 every, wide_every = _every(Floats), _every(Doubles)
 
@@ -426,6 +456,30 @@ def store_tokens(typing, address, stride, values):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, values), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_tokens(typing, address, stride, n):
+    """What store_tokens has written."""
+    kind = several(Floats, n.literal_value)
+
+    def generate(context, b, sig, args):
+        places = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
+        return emit_join(b, kind, [emit_load(b, place, 0, Floats.llvm) for place in places])
+
+    return kind(types.intp, types.intp, n), generate
+
+
+@intrinsic(prefer_literal=True)
+def room(typing, count):
+    """The address of `count` vectors on the stack, free until the function returns."""
+
+    def generate(context, b, sig, args):
+        place = cgutils.alloca_once(b, ir.ArrayType(Floats.llvm, count.literal_value))
+        place.align = 64
+        return b.ptrtoint(place, args[0].type)
+
+    return types.intp(count), generate
 
 
 @intrinsic

@@ -179,14 +179,26 @@ def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.
     return emit_together(b, [b.call(call, quarter) for quarter in quarters])
 
 
-def _dot_sums(b: ir.IRBuilder, form: Form, quads: range, codes: ir.Value, x: ir.Value, begin, n: int) -> list[ir.Value]:
-    """Sums of code * x over some fours of columns, one a token; begin : the address of int32 to begin with, or None."""
-    sums = [constant(Ints.llvm, 0)] * n
-    if begin is not None:
-        sums = [emit_splat(b, emit_load(b, begin, 4 * i, I32)) for i in range(n)]
-    for quad, some in zip(quads, _code_quads(b, codes, form, quads), strict=True):
-        for i in range(n):
-            sums[i] = _add_dot(b, dot_form(form.width), sums[i], some, _four(b, x, BLOCK * i + 4 * quad))
+def _begin(b: ir.IRBuilder, address: ir.Value, n: int, begins: bool) -> list[ir.Value]:
+    """What sums of n tokens begin with: the int32 at an address, or 0."""
+    return [emit_splat(b, emit_load(b, address, 4 * i, I32)) if begins else constant(Ints.llvm, 0) for i in range(n)]
+
+
+def _add_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Value, sums: list) -> list[ir.Value]:
+    """Sums and, added to them, code * x over some fours of columns: of the tokens of one tile, then of the next.
+
+    codes : of each tile, the address of the block. The vectors of codes come one by one, or LLVM reads all of them
+    first and has no registers for them.
+    """
+    sums, tokens, width = list(sums), len(sums) // len(codes), PLANES[form.bits][0]
+    for v in range(width):
+        some = [quad for quad in quads if quad % width == v]
+        of_tiles = [_code_quads(b, place, form, some) for place in codes]
+        for number, quad in enumerate(some):
+            for i in range(tokens):
+                four = _four(b, x, BLOCK * i + 4 * quad)
+                for at, found in zip(range(i, len(sums), tokens), of_tiles, strict=True):
+                    sums[at] = _add_dot(b, dot_form(form.width), sums[at], found[number], four)
     return sums
 
 
@@ -208,12 +220,78 @@ def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
     def sums_of_products(typing, codes, x, begin):
         def generate(context, b, sig, args):
             codes, x, begin = args
-            sums = _dot_sums(b, form, quads, codes, x, begin if begins else None, n)
+            sums = _add_dots(b, form, quads, [codes], x, _begin(b, begin, n, begins))
             return emit_join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
 
         return kind(types.intp, types.intp, types.intp), generate
 
     return sums_of_products
+
+
+@cache
+def block_products(form: Form, n: int, tiles: int):
+    """A word: sums and, added to them, code * x over a block of each of `tiles` tiles, as integers.
+
+    Its arguments are the sums, of n / tiles tokens of the first tile, then of the next; the address of the block's
+    codes; the bytes from there to those of the next tile; and the address of 32 int8 numbers of every token.
+    """
+    kind = several(Ints, n)
+
+    @intrinsic
+    def add_products(typing, total, codes, beside, x):
+        def generate(context, b, sig, args):
+            total, codes, beside, x = args
+            sums = [b.extract_value(total, i) for i in range(n)]
+            places = [codes, b.add(codes, beside)][:tiles]
+            return emit_join(b, kind, _add_dots(b, form, range(QUADS), places, x, sums))
+
+        return kind(kind, *[types.intp] * 3), generate
+
+    return add_products
+
+
+@cache
+def sum_words(n: int, integers: bool):
+    """Two words for one vector of the sums of n tokens, as they stand laid out: int32, or float32.
+
+    The one adds those at an address, where n > 1 reading beyond them what is never used; the other stores them as
+    floats.
+    """
+    kind, element = (Ints, I32) if integers else (Floats, F32)
+
+    @intrinsic
+    def add_sums(typing, sums, address):
+        def generate(context, b, sig, args):
+            if n == 1:
+                zero = constant(kind.llvm, 0)
+                some = b.insert_element(zero, emit_load(b, args[1], 0, element), I32(0))
+            else:
+                some = emit_load(b, args[1], 0, kind.llvm)
+            return b.add(args[0], some) if integers else b.fadd(args[0], some)
+
+        return kind(kind, types.intp), generate
+
+    @intrinsic
+    def store_sums(typing, address, sums):
+        def generate(context, b, sig, args):
+            value = b.sitofp(args[1], Floats.llvm) if integers else args[1]
+            b.store(value, b.inttoptr(args[0], Floats.llvm.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, kind), generate
+
+    return add_sums, store_sums
+
+
+@intrinsic
+def as_floats(typing, values):
+    """Vectors of integers as floats: exact below 2^24."""
+    kind = several(Floats, values.n)
+
+    def generate(context, b, sig, args):
+        return emit_join(b, kind, [b.sitofp(b.extract_value(args[0], i), Floats.llvm) for i in range(kind.n)])
+
+    return kind(values), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -236,7 +314,7 @@ def level_products(form: Form, part: int, n: int, begins: bool):
     def add_level_products(typing, total, codes, x, begin, levels, shifts):
         def generate(context, b, sig, args):
             total, codes, x, begin, levels, shifts = args
-            sums = _dot_sums(b, form, quads, codes, x, begin if begins else None, n)
+            sums = _add_dots(b, form, quads, [codes], x, _begin(b, begin, n, begins))
             level = b.sext(emit_load(b, levels, 0, ir.VectorType(I8, LANES)), Ints.llvm)
             sums = [_shifted(b, some, emit_load(b, shifts, 4 * i, I32)) for i, some in enumerate(sums)]
             return emit_join(b, kind, [b.add(b.extract_value(total, i), b.mul(level, sums[i])) for i in range(n)])

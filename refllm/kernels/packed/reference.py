@@ -18,7 +18,6 @@ from refllm.kernels.packed.base import Whole
 from refllm.kernels.packed.quantized import GGUFBlocks, has_levels
 
 BLOCK_ELEMENTS = 1 << 20  # weights decoded at a time: 4 MB of float32
-RUN = 32  # columns whose products with rounded activations are summed at once
 LACKING = np.int64((1 << 29) - 1)  # bits of a float64's mantissa that float32 has not
 
 
@@ -43,7 +42,7 @@ def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
 
     x is rounded with one scale per token; per 32 columns beside GGUF blocks, as GGML does. Where weights are whole
     numbers with a scale and perhaps a minimum for each group of columns (`whole` of the record), a row is summed run by
-    run; a run is 32 columns of a group, or what is left of it:
+    run; a run is 512 columns of a group (beside GGUF blocks and 2:4 32), or what is left of it:
 
         total = fma(x_scale * (sum of x_code * number), scale, total)
         total = fma(low, x_scale * (sum of x_code), total)
@@ -108,12 +107,12 @@ def codes_times(x_codes: np.ndarray, weight, steps: np.ndarray | None = None) ->
 
 def _add_runs(codes: np.ndarray, steps: np.ndarray | None, weight: Whole) -> np.ndarray:
     """The sums of matmul_rounded: codes (tokens, in) and steps (tokens, in / block) -> (tokens, rows) float32."""
-    total = np.zeros((len(codes), len(weight.numbers)), np.float32)
+    total, length = np.zeros((len(codes), len(weight.numbers)), np.float32), weight.run if steps is None else BLOCK
     group, block = codes.shape[1] // weight.scale.shape[1], codes.shape[1] // (1 if steps is None else steps.shape[1])
     for start in range(0, codes.shape[1], group):
         scale = weight.scale[:, start // group]
-        for first in range(start, start + group, RUN):
-            run = slice(first, min(first + RUN, start + group))
+        for first in range(start, start + group, length):
+            run = slice(first, min(first + length, start + group))
             step = np.float32(1) if steps is None else steps[:, first // block, None]
             with np.errstate(invalid="ignore", over="ignore"):
                 # Sums of products below 2^24 are exact in float32, and there BLAS makes them.

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
+from refllm.kernels.packed.activations import BLOCK
 from refllm.kernels.packed.base import (
     ALL,
     FLOATS,
@@ -105,7 +106,7 @@ class Sparse24(BaseRecord):
         kept = self.values.whole(ids) if isinstance(self.values, BaseRecord) else None
         if kept is None or kept.low is not None:
             return None
-        return Whole(self._spread(kept.numbers, ids), kept.scale)
+        return Whole(self._spread(kept.numbers, ids), kept.scale, run=BLOCK)
 
     def _spread(self, kept: np.ndarray, ids: np.ndarray | slice) -> np.ndarray:
         """Numbers (k, in / 2) of some rows at their places, (k, in) float32."""

@@ -24,10 +24,12 @@ import numpy as np
 from numba import types
 
 from refllm.kernels.packed.activations import SHIFTS
+from refllm.kernels.packed.base import RUN
 from refllm.kernels.packed.compile import compile_address, jitable
 from refllm.kernels.packed.lanes import (
     divide,
     every,
+    first_half,
     fma,
     lane_sum,
     larger_bits,
@@ -36,14 +38,20 @@ from refllm.kernels.packed.lanes import (
     load_halves,
     load_powers,
     load_signed,
+    load_tokens,
     load_ue4m3,
     load_unsigned,
     load_whole,
     magnitude_bits,
     minus_product,
     nearest,
+    over_again,
+    pair,
     plus,
     prefetch,
+    repeated,
+    room,
+    second_half,
     splat,
     splats,
     store_codes,
@@ -53,10 +61,13 @@ from refllm.kernels.packed.lanes import (
     store_tokens,
     store_whole,
     times,
+    whole_zero,
     word,
     zeros,
 )
 from refllm.kernels.packed.products import (
+    as_floats,
+    block_products,
     float_products,
     integer_products,
     kept_products,
@@ -64,6 +75,7 @@ from refllm.kernels.packed.products import (
     picked_products,
     sixteen_in_registers,
     split_words,
+    sum_words,
     super_block_product,
     whole_zeros,
 )
@@ -79,6 +91,8 @@ TOKENS = 12 if "+avx512f" in target_features() else 6
 # page of 4096 bytes, so what lies two of them further is asked for.
 AHEAD = 8192
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
+SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
+TILES = 2 if TOKENS == 12 else 1  # side by side then; 24 sums in 32 registers
 # Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
@@ -192,59 +206,153 @@ def _load_table(form: Form):
     return _table_address if form.table in (SIXTEEN, MANY) else _no_table
 
 
+def _group_bytes(form: Form) -> tuple[int, int]:
+    """Bytes from group to group of scales and of what is subtracted."""
+    return form.parts * ROWS * SCALES[form.scale][1], form.parts * ROWS * (2 if form.low == "minimum" else 1)
+
+
+def _group_loader(form: Form):
+    """Reads a group's scale, and what is subtracted."""
+    load_scale, (own_zero, minimum), offset = SCALES[form.scale][0], _lows(form), form.offset
+
+    @jitable
+    def load_group(scale, low):
+        s = load_scale(scale)
+        return s, load_unsigned(low) if own_zero else load_halves(low) if minimum else every(offset)
+
+    return load_group
+
+
+def _lows(form: Form) -> tuple[bool, bool]:
+    """Whether groups have a zero point, and whether they have a minimum."""
+    return form.low == "zero", form.low == "minimum"
+
+
 def _run_of_blocks(form: Form, kind: int, n: int):
     """Adds the products of consecutive blocks of a row of tiles.
 
     Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
     """
-    offset, block_bytes, parts = form.offset, form.block_bytes, form.parts
-    two, pairs = parts == 2, form.layout == "pairs"
-    (load_scale, width), own_zero, minimum = SCALES[form.scale], form.low == "zero", form.low == "minimum"
-    scale_bytes, low_bytes = ROWS * width, ROWS * (2 if minimum else 1)
+    if _is_summed(form, kind):
+        return _run_of_sums(form, n, 1)
+    block_bytes, parts, pairs, wide = form.block_bytes, form.parts, form.layout == "pairs", _wide(form)
+    group_scale, group_low = _group_bytes(form)
+    two, scale_bytes, low_bytes, load_group = parts == 2, group_scale // parts, group_low // parts, _group_loader(form)
+    minimum, offset = form.low == "minimum", form.offset
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
-    wide = 2 if pairs else 1  # blocks of activations beside one of codes
     add_first, add_second = (_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
-    low_read = parts * low_bytes if own_zero or minimum else 0
-    streams = block_bytes, parts * scale_bytes, low_read
+    streams = block_bytes, group_scale, group_low if any(_lows(form)) else 0
     ask_codes, ask_scale, ask_low = (_ask_ahead(size, block_bytes, n) for size in streams)
 
-    @jitable
-    def load_group(scale, low):
-        s = load_scale(scale)
-        zero = load_unsigned(low) if own_zero else every(offset)
-        return s, zero, load_halves(low) if minimum else zero
-
     @jitable(forceinline=True)
-    def add_run(total, row, blocks, per, code, scale, low, x, steps, sums, table):
-        """row : number of the run; each has `blocks` blocks of activations. Addresses: codes, scales and lows of run 0;
-        activations, their steps and sums where the run begins."""
-        groups, left = (blocks + wide - 1) // wide // per, blocks
-        code += row * groups * per * block_bytes
-        scale += row * groups * parts * scale_bytes
-        low += row * groups * parts * low_bytes
+    def add_run(total, groups, per, left, code, scale, low, x, steps, sums, table):
+        """Adds `groups` times `per` blocks, of 2:4 as far as `left` blocks of activations reach.
+
+        Addresses: codes, scales and lows; activations, their steps and sums.
+        """
         for _ in range(groups):
-            s, zero, lowest = load_group(scale, low)
+            s, m = load_group(scale, low)
             ask_scale(scale)
             ask_low(low)
             for _ in range(per):
                 ask_codes(code)
                 step = splats(steps, n)
-                total = add_first(total, code, x, step, sums, s, zero, lowest, table)
+                zero = every(offset) if minimum else m
+                total = add_first(total, code, x, step, sums, s, zero, m, table)
                 if two:
-                    s, zero, lowest = load_group(scale + scale_bytes, low + low_bytes)
+                    s, m = load_group(scale + scale_bytes, low + low_bytes)
+                    zero = every(offset) if minimum else m
                 if pairs:
                     left -= 2
                     if left >= 0:
                         x, step, sums = x + x_bytes, splats(steps + step_bytes, n), sums + sum_bytes
-                        total = add_second(total, code, x, step, sums, s, zero, lowest, table)
+                        total = add_second(total, code, x, step, sums, s, zero, m, table)
                 elif two:
-                    total = add_second(total, code, x, step, sums, s, zero, lowest, table)
+                    total = add_second(total, code, x, step, sums, s, zero, m, table)
                 code += block_bytes
                 x += x_bytes
                 steps += wide * step_bytes
                 sums += sum_bytes
-            scale += parts * scale_bytes
-            low += parts * low_bytes
+            scale += group_scale
+            low += group_low
+        return total
+
+    return add_run
+
+
+def _wide(form: Form) -> int:
+    """Blocks of activations beside one of codes."""
+    return 2 if form.layout == "pairs" else 1
+
+
+def _is_summed(form: Form, kind: int) -> bool:
+    """Whether integers are summed over SUMMED blocks before a scale meets them."""
+    return kind == TOKEN and form.layout in ("", "blocks") and form.parts == 1
+
+
+def _run_of_sums(form: Form, n: int, tiles: int):
+    """_run_of_blocks beside a scale per token: of `tiles` tiles, with n / tiles tokens each.
+
+    SUMMED blocks under one scale are summed in integers.
+    """
+    block_bytes, tokens, load_group, (group_scale, group_low) = (
+        form.block_bytes, n // tiles, _group_loader(form), _group_bytes(form),
+    )  # fmt: skip
+    x_bytes, sum_bytes, begins, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, _begins(form, True), _lows(form)
+    add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, group_low)
+    add_sums, store_sums_of_x = sum_words(tokens, begins)
+    ask_codes, ask_scale, ask_low = (_ask_ahead(size, block_bytes, n) for size in streams)
+    needs_sums, two = own_zero or minimum or begins, tiles == 2
+
+    @jitable
+    def nothing():
+        return whole_zero() if begins else every(0)
+
+    @jitable
+    def load_one(scale, low, scale_beside, low_beside):
+        return load_group(scale, low)
+
+    @jitable
+    def load_two(scale, low, scale_beside, low_beside):
+        s, m = load_group(scale, low)
+        other, lower = load_group(scale + scale_beside, low + low_beside)
+        return repeated(pair(s, other), tokens), repeated(pair(m, lower), tokens)
+
+    load_groups = load_two if two else load_one
+
+    @jitable(forceinline=True)
+    def add_run(total, groups, per, beside, code, scale, low, x, steps, sums, table):
+        """Adds `groups` times `per` blocks. beside : of two tiles, blocks and groups from the one to the other."""
+        code_beside, scale_beside, low_beside = 0, 0, 0
+        if two:
+            code_beside, scale_beside, low_beside = (
+                beside[0] * block_bytes,
+                beside[1] * group_scale,
+                beside[1] * group_low,
+            )
+        place = room(1)
+        for _ in range(groups):
+            s, m = load_groups(scale, low, scale_beside, low_beside)
+            ask_scale(scale)
+            ask_low(low)
+            for done in range(0, per, SUMMED):
+                whole, of, left = whole_zeros(n), nothing(), min(SUMMED, per - done)
+                while True:  # at least once, or LLVM converts the sums at every turn
+                    ask_codes(code)
+                    whole = add_products(whole, code, code_beside, x)
+                    of = add_sums(of, sums) if needs_sums else of
+                    code, x, sums, left = code + block_bytes, x + x_bytes, sums + sum_bytes, left - 1
+                    if left <= 0:
+                        break
+                p = as_floats(whole)
+                if needs_sums:
+                    store_sums_of_x(place, of)
+                of_x = over_again(splats(place, tokens), tiles)
+                p = minus_product(p, m, of_x) if own_zero else plus(p, of_x) if begins else p
+                total = fma(p, s, total)
+                total = fma(m, of_x, total) if minimum else total
+            scale += group_scale
+            low += group_low
         return total
 
     return add_run
@@ -265,20 +373,25 @@ def product_text(form: Form, kind: int, n: int):
         return _blocks_text(form, kind, n)
     if form.layout == "vectors":
         return _vectors_text(form, n)
+    if _is_summed(form, kind):
+        return _summed_text(form, n)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
+    block_bytes, (scale_bytes, low_bytes), wide = form.block_bytes, _group_bytes(form), _wide(form)
     add_run, load_table, factor = _run_of_blocks(form, kind, n), _load_table(form), form.scale == "ue4m3"
     per_token = kind == TOKEN
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
         blocks, per = word(weight, 4), word(weight, 5)
+        groups = (blocks + wide - 1) // wide // per
         for start in range(0, panels, PANELS):
             for tile in range(first, last):
-                table = load_table(weight, tile)
+                table, group = load_table(weight, tile), tile * groups
+                code, s, m = codes + group * per * block_bytes, scale + group * scale_bytes, low + group * low_bytes
                 for panel in range(start, min(start + PANELS, panels)):
                     at = panel * blocks
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
-                    total = add_run(zeros(n), tile, blocks, per, codes, scale, low, some, steps, sums, table)
+                    total = add_run(zeros(n), groups, per, blocks, code, s, m, some, steps, sums, table)
                     if per_token:
                         total = times(total, splats(steps, n))
                     if factor:
@@ -288,10 +401,84 @@ def product_text(form: Form, kind: int, n: int):
     return tile_product
 
 
+def _summed_text(form: Form, n: int):
+    """product_text beside a scale per token, where integers are summed over SUMMED blocks.
+
+    So long the codes of one tile, or of two that share what is read of activations, stay in the first-level cache and
+    meet all panels, whose sums wait meanwhile.
+    """
+    tiles = TILES if n > 1 else 1
+    values, together, x_bytes, step_bytes, sum_bytes = n * tiles, PANELS * n * tiles, n * BLOCK, 4 * n, 12 * n
+    block_bytes, (scale_bytes, low_bytes), line = form.block_bytes, _group_bytes(form), 4 * ROWS
+    add_run, two = _run_of_sums(form, values, tiles), tiles == 2
+
+    @jitable
+    def store_one(y, stride, total, beside):
+        store_tokens(y, stride, total)
+
+    @jitable
+    def store_two(y, stride, total, beside):
+        store_tokens(y, stride, first_half(total))
+        store_tokens(y + beside * line, stride, second_half(total))
+
+    @jitable
+    def ask_block(address):
+        if n > 1:
+            for line in range(0, block_bytes, 64):
+                prefetch(address + line)
+
+    store_tiles = store_two if two else store_one
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
+        blocks, per = word(weight, 4), word(weight, 5)
+        groups, kept = blocks // per, room(together)
+        for start in range(0, panels, PANELS):
+            end = min(start + PANELS, panels)
+            for tile in range(first, last, tiles):
+                other = 1 if two and tile + 1 < last else 0  # the last of an odd number is taken twice
+                done = 0
+                while done < blocks:
+                    some, each = _next_blocks(done, blocks, per)
+                    group, here = tile * groups + done // per, kept
+                    code, beside = codes + (tile * blocks + done) * block_bytes, (other * blocks, other * groups)
+                    s, m = scale + group * scale_bytes, low + group * low_bytes
+                    following, left = code + some * each * block_bytes, some * each
+                    for panel in range(start, end):
+                        if left > 0:
+                            ask_block(following)
+                            ask_block(following + other * blocks * block_bytes)
+                            following, left = following + block_bytes, left - 1
+                        at = panel * blocks + done
+                        total = load_tokens(here, line, values) if done else zeros(values)
+                        numbers, sums = x + at * x_bytes, x_sums + at * sum_bytes
+                        total = add_run(total, some, each, beside, code, s, m, numbers, 0, sums, 0)
+                        store_tokens(here, line, total)
+                        here += line * values
+                    done += some * each
+                here = kept
+                for panel in range(start, end):
+                    steps = over_again(splats(x_scale + panel * blocks * step_bytes, n), tiles)
+                    total = times(load_tokens(here, line, values), steps)
+                    store_tiles(y + panel * n * stride + tile * line, stride, total, other)
+                    here += line * values
+
+    return tile_product
+
+
+@jitable
+def _next_blocks(done, blocks, per):
+    """What comes together behind `done` blocks: so many groups, and blocks of each; or a part of one group."""
+    if per <= SUMMED:
+        return min(SUMMED // per, (blocks - done) // per), per
+    return 1, min(SUMMED, per - done % per)
+
+
 def _blocks_text(form: Form, kind: int, n: int):
     """product_text where whole blocks are left out: each tile meets its kept ones."""
     integers, per_token = kind != FLOAT, kind == TOKEN
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
+    block_bytes, (scale_bytes, low_bytes), summed = form.block_bytes, _group_bytes(form), _is_summed(form, kind)
     add_run, load_table = _run_of_blocks(form, kind, n), _load_table(form)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
@@ -310,7 +497,10 @@ def _blocks_text(form: Form, kind: int, n: int):
                     for kept in range(load_whole(begin + 4 * tile), load_whole(begin + 4 * tile + 4)):
                         at = load_whole(where + 4 * kept)
                         mine, step, of = some + at * x_bytes, steps + at * step_bytes, sums + at * sum_bytes
-                        total = add_run(total, kept, run, per, codes, scale, low, mine, step, of, table)
+                        groups, group = run // per, kept * (run // per)
+                        code, s = codes + kept * run * block_bytes, scale + group * scale_bytes
+                        m, beside = low + group * low_bytes, (0, 0) if summed else run
+                        total = add_run(total, groups, per, beside, code, s, m, mine, step, of, table)
                     if per_token:
                         total = times(total, splats(steps, n))
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)

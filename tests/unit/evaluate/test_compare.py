@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,3 +171,62 @@ def test_documents_are_kept_whole_and_scored_one_by_one():
     expected = evaluate_perplexity(MODEL, documents[:2], protocol="document", window=cut.window)
     assert result["protocol"] == "document" and result["tokens_scored"] == expected.tokens_scored
     assert result["rows"][0]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+
+
+def measured_rows(monkeypatch):
+    """The recipes that are measured from here on, by a measurement that takes no time."""
+    ran = []
+
+    def measure(model, recipe, *args, **options):
+        ran.append(recipe)
+        return {"recipe": recipe, "perplexity": float(len(ran)), "tokens_scored": 9, "base_dtype": "float32"}
+
+    monkeypatch.setattr(comparing, "_measure", measure)
+    return ran
+
+
+def test_rows_are_kept_and_taken_where_nothing_has_changed(monkeypatch, tmp_path):
+    path, chosen, ran = tmp_path / "rows.jsonl", setting(MODEL, IDS, threads=1), measured_rows(monkeypatch)
+    first = compare(MODEL, ["rtn:bits=4,group=16"], chosen, resume=path)
+    assert ran == ["none", "rtn:bits=4,group=16"] and len(path.read_text("utf-8").splitlines()) == 2
+    assert compare(MODEL, ["rtn:bits=4,group=16"], chosen, resume=path) == first and len(ran) == 2
+    both = compare(MODEL, ["none", "rtn:bits=2,group=16", "rtn:bits=4,group=16"], chosen, resume=path)
+    assert ran[2:] == ["none", "rtn:bits=2,group=16"]  # the base once more, for the others are compared with it
+    assert both["rows"][::2] == [{"recipe": "none", "perplexity": 1.0}, *first["rows"]]
+    assert both["base_perplexity"] == 1.0 and both["tokens_scored"] == 9
+
+
+@pytest.mark.parametrize("change", ["model", "ids", "window", "threads", "version"])
+def test_rows_of_another_comparison_are_not_taken(monkeypatch, tmp_path, change):
+    path, ran = tmp_path / "rows.jsonl", measured_rows(monkeypatch)
+    compare(MODEL, ["none"], setting(MODEL, IDS, threads=1), resume=path)
+    model, ids, window, threads = MODEL, IDS, None, 1
+    if change == "model":
+        name, weight = next((name, w) for name, w in MODEL.weights.items() if w.ndim == 2)
+        model = replace(MODEL, weights={**MODEL.weights, name: -weight})
+    elif change == "version":
+        monkeypatch.setattr("refllm.evaluate.kept.__version__", "another")
+    else:
+        ids = IDS[::-1] if change == "ids" else IDS
+        window = 64 if change == "window" else None
+        threads = 2 if change == "threads" else 1
+    compare(model, ["none"], setting(model, ids, window=window, threads=threads), resume=path)
+    assert ran == ["none", "none"] and len(path.read_text("utf-8").splitlines()) == 2
+
+
+def test_a_line_that_was_not_written_to_its_end_is_cut_off(monkeypatch, tmp_path):
+    path, ran = tmp_path / "rows.jsonl", measured_rows(monkeypatch)
+    compare(MODEL, ["none"], setting(MODEL, IDS), resume=path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:40])
+    compare(MODEL, ["none"], setting(MODEL, IDS), resume=path)
+    assert path.read_bytes() == whole and ran == ["none"]
+
+
+@pytest.mark.parametrize("line", ["words", "[]", "{}", '{"of": 1, "row": {}}'])
+def test_a_file_of_something_else_is_left_alone(monkeypatch, tmp_path, line):
+    path, ran = tmp_path / "notes.txt", measured_rows(monkeypatch)
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 is not a row kept by compare"):
+        compare(MODEL, ["none"], setting(MODEL, IDS), resume=path)
+    assert not ran and path.read_text("utf-8") == line + "\n"

@@ -1,6 +1,7 @@
 """recall: questions whose answers stand in the text, answers counted by hand, and methods that keep or lose them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,18 @@ def test_answers_are_those_of_plain_greedy_decoding():
         assert written == text[len(ids) :]
     assert found["stored_bytes_per_token"] == found["device_bytes_per_token"] == 2048
     assert found["recalled_bytes_per_step"] == 0
+
+
+def test_an_answer_has_room_in_the_tokens_of_the_model():
+    """Of a tokenizer that takes a token a character."""
+
+    class Characters:
+        encode = staticmethod(lambda text: [ord(letter) for letter in text])
+
+    asked = questions("passkey", 1)
+    ((ids, count),) = prompts(replace(TINY, tokenizer=Characters), asked)
+    assert count == len(asked[0].answer) + 1 and len(ids) == TINY.config.context_length - count
+    assert prompts(TINY, asked)[0][1] == asked[0].new_tokens
 
 
 def test_a_file_of_prompts_and_answers(tmp_path):

@@ -127,22 +127,23 @@ def test_quantize_activations_by_hand():
 @pytest.mark.parametrize("name", [name for name in one_of_each() if one_of_each()[name].whole(slice(0, 1))])
 def test_whole_numbers_make_up_the_weight(name):
     weight = one_of_each()[name]
-    numbers, scale, low = weight.whole(slice(1, 6))
+    numbers, scale, low, run = weight.whole(slice(1, 6))
     wide = lambda a: np.repeat(a, 32 // a.shape[1], axis=1)
     assert np.array_equal(numbers, np.rint(numbers)) and numbers.shape == (5, 32)
     assert np.array_equal(wide(scale) * numbers + (0 if low is None else wide(low)), weight.dense()[1:])
     assert all(a is None or a.dtype == np.float32 for a in (numbers, scale, low))
     assert weight.whole(slice(0, 0)).numbers.shape == (0, 32)
+    assert abs(numbers).max() * 127 * run < 1 << 24  # sums of products are exact in float32
 
 
 def test_a_rounded_product_by_hand():
-    """Groups of 48 columns: runs of 32 and 16, each rounded on its way into the total, which meets the scale of x."""
-    codes = np.arange(96, dtype=np.uint8)[None] % 16
-    weight = IntWeight(pack_bits(codes, 4), np.float32([[0.1, 0.3]]), None, 4, 48, 96)
-    x = np.float32(np.random.default_rng(0).standard_normal((1, 96)))
+    """Groups of 576 columns: runs of 512 and 64, each rounded on its way into the total, which meets the scale of x."""
+    codes = np.arange(1152, dtype=np.uint8)[None] % 16
+    weight = IntWeight(pack_bits(codes, 4), np.float32([[0.1, 0.3]]), None, 4, 576, 1152)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 1152)))
     x_codes, (step,) = quantize_activations(x)[0][0].astype(int), quantize_activations(x)[1][0]
     total = Fraction(0)
-    for scale, start, stop in ((0.1, 0, 32), (0.1, 32, 48), (0.3, 48, 80), (0.3, 80, 96)):
+    for scale, start, stop in ((0.1, 0, 512), (0.1, 512, 576), (0.3, 576, 1088), (0.3, 1088, 1152)):
         part = int((x_codes[start:stop] * (codes[0, start:stop].astype(int) - 8)).sum())
         total = nearest_float32(part * Fraction(float(np.float32(scale))) + total)
     assert reference.matmul_int8(x, weight).tolist() == [[float(np.float32(total) * step)]]

@@ -12,7 +12,7 @@ import sys
 import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
@@ -135,6 +135,26 @@ def test_product(form, rows, count, kinds, seed, largest):
         if form in PANELS:
             many = np.resize(x, (TOKENS + 1, weight.columns))
             assert np.array_equal(tile_matmul(many, tiles, kind)[: len(x)], y)
+
+
+@pytest.mark.parametrize("form", ["S4 float16", "S8 float16", "A4 float32"])
+@pytest.mark.parametrize("group", [-1, 64, 512, 544])
+@settings(KERNEL, max_examples=15)
+@given(
+    rows=st.integers(1, 70),
+    tokens=st.sampled_from([1, TOKENS, TOKENS + 1, 17 * TOKENS]),
+    seed=st.integers(0, 2**16),
+    largest=st.booleans(),
+)
+def test_runs_of_many_columns_bit_for_bit(form, group, rows, tokens, seed, largest):
+    """Groups shorter and longer than RUN; tiles in twos and one left over; tokens of more panels than stay near."""
+    grid, bits, _, _ = GRIDS[form]
+    columns = 1111 if group == -1 else 2 * group
+    weight = int_weight(grid(bits, group, "float32"), rows, columns, seed, largest)
+    x = drawn_activations(columns, ["normal", "all largest"], seed)
+    expected = reference.matmul_int8(x, weight)
+    found = tile_matmul(np.resize(x, (tokens, columns)), tiles_of(weight), TOKEN)
+    assert np.array_equal(found, np.resize(expected, found.shape), equal_nan=True)
 
 
 def whole_weight(form, rows, columns, seed, largest):
