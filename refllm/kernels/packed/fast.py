@@ -23,6 +23,7 @@ from refllm.kernels.packed.threads import over_rows
 from refllm.kernels.packed.tile_kernels import (
     FLOAT,
     KINDS,
+    TILES,
     TOKEN,
     TOKENS,
     laid_kind,
@@ -72,7 +73,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
         over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
         target = tiles.address, *laid_out, to_y + done * stride, stride, count
         work = tiles.codes.size * count * n
-        over_rows(lambda first, last, target=target: product(*target, first, last), tiles.tiles, work)
+        over_rows(lambda first, last, target=target: product(*target, first, last), tiles.tiles, work, TILES)
     return y[:tokens, : tiles.shape[0]]
 
 
@@ -205,7 +206,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     y = _results(panels * n, tiles.tiles * ROWS)
     product, stride = _product(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
-    over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n)
+    over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n, TILES)
     return y[:tokens, : tiles.shape[0]]
 
 

@@ -14,7 +14,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from llvmlite import ir
@@ -22,7 +22,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed.compile import jitable
-from refllm.kernels.packed.threads import pool
+from refllm.kernels.packed.threads import begin
 
 SPINS = 20_000  # some 40 us
 _one_at_a_time = threading.Lock()  # two teams that share helpers could each wait for one that never starts
@@ -123,7 +123,7 @@ def run_team(run: Callable[[int, int], object], threads: int) -> None:
         run(0, 1)
         return
     with _one_at_a_time:
-        helpers = [pool(threads - 1).submit(run, thread, threads) for thread in range(1, threads)]
+        helpers = begin([partial(run, thread, threads) for thread in range(1, threads)])
         run(0, threads)
         for helper in helpers:
             helper.result()

@@ -3,11 +3,14 @@
 The kernels release the interpreter lock, so a plain thread pool is enough and no threading layer of Numba is needed.
 """
 
+import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 
 MINIMUM_WORK = 1 << 21  # weights per thread below which a hand-over (about 50 us) costs more than it saves
+SLICES = 8  # for each thread
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
@@ -22,8 +25,11 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def over_rows(run: Callable[[int, int], object], rows: int, work: int) -> None:
+def over_rows(run: Callable[[int, int], object], rows: int, work: int, together: int = 1) -> None:
     """Call run(first, last) on slices that together cover range(rows).
+
+    There are several slices for each thread, and who is done takes the next: processors may differ in speed, have other
+    work, or be late (a thread that is woken may share the processor of who woke it for some milliseconds).
 
     Parameters
     ----------
@@ -32,17 +38,64 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int) -> None:
     rows : int
     work : int
         Weights times tokens, which decides whether threads pay.
+    together : int
+        Rows that are best done together: slices begin at multiples of it.
     """
-    worth = min(rows, work // MINIMUM_WORK)
-    threads = min(worth, thread_count()) if worth > 1 else 1
-    if threads <= 1:
+    units, worth = -(-rows // together), work // MINIMUM_WORK
+    threads = max(1, min(units, worth, thread_count()))
+    if threads == 1:
         run(0, rows)
         return
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    helpers = [pool(threads - 1).submit(run, bounds[i], bounds[i + 1]) for i in range(1, threads)]
-    run(bounds[0], bounds[1])
+    slices = min(units, worth, SLICES * threads)
+    number = count()
+
+    def take_slices():
+        while (i := next(number)) < slices:  # atomic: a thread that counts holds the interpreter lock
+            run(units * i // slices * together, min(units * (i + 1) // slices * together, rows))
+
+    helpers = begin([take_slices] * (threads - 1))
+    take_slices()
     for helper in helpers:
         helper.result()
+
+
+def begin(tasks: Sequence[Callable[[], object]]) -> list[Future]:
+    """Begin tasks, each on a thread of its own beside the calling one, which does not wait."""
+    here = processor()
+
+    def away(task):
+        leave(here)
+        return task()
+
+    return [pool(len(tasks)).submit(away, task) for task in tasks]
+
+
+def processor() -> int | None:
+    """The number of the processor that the calling thread runs on; None where the system does not tell."""
+    return None if _which is None else _which()
+
+
+def leave(number: int | None) -> None:
+    """Move the calling thread to another processor if it runs on this one.
+
+    Linux may wake a thread where the one runs that woke it, and leave both there for many milliseconds while another
+    processor has nothing to do.
+    """
+    if number is None or processor() != number:
+        return
+    allowed = os.sched_getaffinity(0)  # of this thread
+    if others := allowed - {number}:
+        os.sched_setaffinity(0, others)
+        os.sched_setaffinity(0, allowed)
+
+
+def _find_which():
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+_which = _find_which()
 
 
 def pool(size: int) -> ThreadPoolExecutor:
