@@ -299,7 +299,8 @@ def _run_of_sums(form: Form, n: int, tiles: int):
         form.block_bytes, n // tiles, _group_loader(form), _group_bytes(form),
     )  # fmt: skip
     x_bytes, sum_bytes, begins, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, _begins(form, True), _lows(form)
-    add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, group_low)
+    low_read = group_low if own_zero or minimum else 0
+    add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, low_read)
     add_sums, store_sums_of_x = sum_words(tokens, begins)
     ask_codes, ask_scale, ask_low = (_ask_ahead(size, block_bytes, n) for size in streams)
     needs_sums, two = own_zero or minimum or begins, tiles == 2
