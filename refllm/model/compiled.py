@@ -199,7 +199,7 @@ class Compiled:
 
     def _prefill_chunk(self, ids: np.ndarray) -> np.ndarray:
         from refllm.kernels.packed import prefill as text
-        from refllm.kernels.packed.tile_kernels import TOKENS
+        from refllm.kernels.packed.laid_out import TOKENS
 
         config, position, tokens = self.model.config, self.cache.length, len(ids)
         if self._many is None or self._many[0] < tokens:
@@ -238,7 +238,7 @@ class Compiled:
     def _make_many(self, tokens: int) -> tuple:
         """Buffers for so many tokens, and the layers' records with the kernels for many."""
         from refllm.kernels.packed import prefill as text
-        from refllm.kernels.packed.tile_kernels import TOKENS
+        from refllm.kernels.packed.laid_out import TOKENS
 
         x, buffers = self._new_buffers(tokens)
         buffers["laid"] = self._address(np.empty(text.laid_bytes(self._most, tokens), np.uint8))
@@ -253,8 +253,8 @@ class Compiled:
 
     def _new_buffers(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """X, and the addresses of all buffers: rows padded to blocks, as many as fill the panels of products."""
+        from refllm.kernels.packed.laid_out import TOKENS, lay_out_address
         from refllm.kernels.packed.plan import BUFFERS
-        from refllm.kernels.packed.tile_kernels import TOKENS, lay_out_address
 
         buffers = np.zeros(1, BUFFERS)
         names = _linears(self.model) + ([_head(self.model)] if tokens == 1 else [])
@@ -351,8 +351,9 @@ class Compiled:
     def _product(self, weight, n: int) -> tuple[int, int, int, int]:
         """The numbers of one product: table, kernel (for n tokens), kind of activations, tiles."""
         from refllm.kernels.packed.decode_step import dense_address
+        from refllm.kernels.packed.laid_out import FLOAT, laid_kind, rounded_kind
         from refllm.kernels.packed.reference import activation_block
-        from refllm.kernels.packed.tile_kernels import FLOAT, laid_kind, product_address, rounded_kind
+        from refllm.kernels.packed.tile_kernels import product_address
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
 

@@ -16,21 +16,12 @@ from refllm.kernels.grids import PER_TENSOR
 from refllm.kernels.packed import decode_kernels, reference
 from refllm.kernels.packed.activations import round_activations
 from refllm.kernels.packed.compile import compile_kernel
+from refllm.kernels.packed.laid_out import FLOAT, KINDS, TOKEN, TOKENS, laid_kind, lay_out_address, rounded_kind
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.reference import activation_block, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.threads import over_rows
-from refllm.kernels.packed.tile_kernels import (
-    FLOAT,
-    KINDS,
-    TILES,
-    TOKEN,
-    TOKENS,
-    laid_kind,
-    lay_out_address,
-    product_address,
-    rounded_kind,
-)
+from refllm.kernels.packed.tile_kernels import TILES, product_address
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 
@@ -49,7 +40,7 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     tiles : Tiles
     kind : int
         FLOAT, or rounded activations with a scale per 32 columns (BLOCKS) or per token (TOKEN); beside levels FLOAT
-        or SUPERS (per 256 columns). See tile_kernels.
+        or SUPERS (per 256 columns). See laid_out.
 
     Returns
     -------
@@ -211,7 +202,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
 
 
 def _laid_codes(x_codes: np.ndarray, tiles: Tiles, panels: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and their sums as tile_kernels.lay_out_text leaves them."""
+    """Codes and their sums as laid_out.lay_out_text leaves them."""
     tokens, columns = x_codes.shape
     padded = np.zeros((panels * n, tiles.blocks * BLOCK), np.int8)
     padded[:tokens, :columns] = x_codes

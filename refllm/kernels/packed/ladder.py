@@ -17,10 +17,10 @@ from numba import float32, int8, int64, intp, uint8, uint16, void
 from refllm.kernels.packed.activations import quantize_activations
 from refllm.kernels.packed.compile import compile_kernel
 from refllm.kernels.packed.fast import tile_matmul
+from refllm.kernels.packed.laid_out import TOKEN
 from refllm.kernels.packed.quantized import IntWeight
 from refllm.kernels.packed.simd import half_to_float
 from refllm.kernels.packed.threads import over_rows
-from refllm.kernels.packed.tile_kernels import TOKEN
 from refllm.kernels.packed.tiled import tiles_of
 
 GROUP = 32

@@ -12,7 +12,7 @@ PRODUCT = np.dtype(
     [
         ("table", _ADDRESS),  # of the weight, as its kernel wants it
         ("kernel", _ADDRESS),  # a tile product for the number of tokens at hand
-        ("kind", np.int64),  # of activations, as tile_kernels.laid_kind gives it
+        ("kind", np.int64),  # of activations, as laid_out.laid_kind gives it
         ("tiles", np.int64),
     ]
 )

@@ -15,6 +15,7 @@ from numba import types
 
 from refllm.kernels.packed.compile import compile_kernel, jitable
 from refllm.kernels.packed.decode_step import activate, add, add_rows, clear_tail, copy, norm, records, rotate
+from refllm.kernels.packed.laid_out import TOKENS
 from refllm.kernels.packed.lanes import (
     WIDE,
     divide,
@@ -42,7 +43,6 @@ from refllm.kernels.packed.lanes import (
 from refllm.kernels.packed.plan import BUFFERS, LAYER
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.team import barrier, call, share
-from refllm.kernels.packed.tile_kernels import TOKENS
 from refllm.kernels.packed.tiling import BLOCK, ROWS
 from refllm.kernels.packed.token_attention import scale_up, tanh
 from refllm.kernels.packed.turn_kernels import turn

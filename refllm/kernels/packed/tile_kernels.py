@@ -1,39 +1,30 @@
-"""Numba texts of the tile products: activations laid out, and the product of some tiles with some tokens.
+"""Numba texts of the tile products: some tiles of a weight times some tokens, laid out as laid_out.py says.
 
 One text serves every form of tiles (tiling.Form), any number of tokens and both kinds of activations; what differs is
 constant to the compiler. The sums run block by block along a row in a fixed order, each row in its own lane, so neither
 the number of threads nor of tokens changes a bit of the result. The NumPy text is reference.py.
-
-Activations (of `n` tokens together, a panel) as a kernel reads them, each behind an address:
-
-    x      [panel, block, n, 32]   float32, or int8 codes
-    scale  [panel, block, n]       float32: x = scale * code; not read with float32 activations
-    sums   [panel, block, 3, n]    sum of the 32 numbers x, of the first 16, of the last 16: as float32; or, for forms
-                                   with a constant zero and int8 codes, -zero times it as int32 (laid_kind)
-
-Beside levels, int8 codes of SUPER columns have one scale and those of a block a shift (activations.quantize_shifted):
-
-    scale  [panel, block, n]       the same for all blocks of a super-block
-    sums   [panel, super, 32, n]   words 0 to 23: as above, int32 [8, 3, n], or for minimum levels split_words of
-                                   products.py; 24 to 31: the shifts, int32
 """
 
 from functools import cache
 
-import numpy as np
 from numba import types
 
-from refllm.kernels.packed.activations import SHIFTS
 from refllm.kernels.packed.base import RUN
 from refllm.kernels.packed.compile import compile_address, jitable
+from refllm.kernels.packed.laid_out import (
+    BLOCKS,
+    FLOAT,
+    FOUR,
+    SHIFTS_AT,
+    SUPER_WORDS,
+    TOKEN,
+    TOKENS,
+    begins,
+)
 from refllm.kernels.packed.lanes import (
-    divide,
     every,
     first_half,
     fma,
-    lane_sum,
-    larger_bits,
-    largest_of_bits,
     load_floats,
     load_halves,
     load_powers,
@@ -42,9 +33,7 @@ from refllm.kernels.packed.lanes import (
     load_ue4m3,
     load_unsigned,
     load_whole,
-    magnitude_bits,
     minus_product,
-    nearest,
     over_again,
     pair,
     plus,
@@ -52,14 +41,8 @@ from refllm.kernels.packed.lanes import (
     repeated,
     room,
     second_half,
-    splat,
     splats,
-    store_codes,
-    store_float,
-    store_floats,
-    store_split,
     store_tokens,
-    store_whole,
     times,
     whole_zero,
     word,
@@ -74,48 +57,23 @@ from refllm.kernels.packed.products import (
     level_products,
     picked_products,
     sixteen_in_registers,
-    split_words,
     sum_words,
     super_block_product,
     whole_zeros,
 )
-from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_sums, store_sums, vector_products
 
-# Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
-# take one of 32 registers of AVX-512 and two of the 16 of AVX2.
-TOKENS = 12 if "+avx512f" in target_features() else 6
 # Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
 # page of 4096 bytes, so what lies two of them further is asked for.
 AHEAD = 8192
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
 TILES = 2 if TOKENS == 12 else 1  # side by side then; 24 sums in 32 registers
-# Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
-# SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
-FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
-KINDS = 3  # bits of a kind
-HALVES_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 24, 32
 # Of a table of addresses: codes, scale, low, tops, blocks, per, values, factor, first, where, blocks of a kept one.
 FIELDS = 11
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
-
-
-def _begins(form: Form, integers: bool) -> bool:
-    """Whether the sums of a product begin with -offset * (sum of x), so that a constant zero costs nothing."""
-    return integers and form.low == "constant" and form.offset > 0 and form.layout != "pairs"
-
-
-def rounded_kind(block: int, bits: int) -> int:
-    """The kind of activations rounded to 8 or 4 bits, so many columns with one scale (reference.activation_block)."""
-    return {0: TOKEN, BLOCK: BLOCKS, SUPER: SUPERS}[block] + (FOUR if bits == 4 else 0)
-
-
-def laid_kind(form: Form, kind: int) -> int:
-    """The kind of activations that a form wants: `kind`, and above it the offset of sums that begin with it."""
-    return kind | form.offset << KINDS if _begins(form, kind != FLOAT) else kind
 
 
 def _ask_ahead(stream_bytes: int, block_bytes: int, n: int):
@@ -139,7 +97,7 @@ def _products(form: Form, kind: int, n: int, part: int):
     parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
     at = 4 * n * (part + parts - 1)  # of the sums of this part
     if integers:
-        products = integer_products(form, part, parts, n, _begins(form, integers))
+        products = integer_products(form, part, parts, n, begins(form, integers))
     else:
         products = float_products(form, part, parts, n)
 
@@ -298,16 +256,16 @@ def _run_of_sums(form: Form, n: int, tiles: int):
     block_bytes, tokens, load_group, (group_scale, group_low) = (
         form.block_bytes, n // tiles, _group_loader(form), _group_bytes(form),
     )  # fmt: skip
-    x_bytes, sum_bytes, begins, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, _begins(form, True), _lows(form)
+    x_bytes, sum_bytes, from_zero, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, begins(form, True), _lows(form)
     low_read = group_low if own_zero or minimum else 0
     add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, low_read)
-    add_sums, store_sums_of_x = sum_words(tokens, begins)
+    add_sums, store_sums_of_x = sum_words(tokens, from_zero)
     ask_codes, ask_scale, ask_low = (_ask_ahead(size, block_bytes, n) for size in streams)
-    needs_sums, two = own_zero or minimum or begins, tiles == 2
+    needs_sums, two = own_zero or minimum or from_zero, tiles == 2
 
     @jitable
     def nothing():
-        return whole_zero() if begins else every(0)
+        return whole_zero() if from_zero else every(0)
 
     @jitable
     def load_one(scale, low, scale_beside, low_beside):
@@ -349,7 +307,7 @@ def _run_of_sums(form: Form, n: int, tiles: int):
                 if needs_sums:
                     store_sums_of_x(place, of)
                 of_x = over_again(splats(place, tokens), tiles)
-                p = minus_product(p, m, of_x) if own_zero else plus(p, of_x) if begins else p
+                p = minus_product(p, m, of_x) if own_zero else plus(p, of_x) if from_zero else p
                 total = fma(p, s, total)
                 total = fma(m, of_x, total) if minimum else total
             scale += group_scale
@@ -581,7 +539,7 @@ def _integer_super(form: Form, n: int):
     above, levels, two, block_bytes = SUPER // BLOCK, ROWS * form.parts, form.parts == 2, form.block_bytes
     x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
     shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
-    add_first, add_second = (level_products(form, part, n, _begins(form, True)) for part in (0, form.parts - 1))
+    add_first, add_second = (level_products(form, part, n, begins(form, True)) for part in (0, form.parts - 1))
     scaled, ask_codes = super_block_product(form, n), _ask_ahead(block_bytes, block_bytes, n)
 
     @jitable(forceinline=True)
@@ -649,114 +607,6 @@ def _vectors_text(form: Form, n: int):
     return tile_product
 
 
-@jitable
-def _amax(x, columns):
-    """The largest magnitude of `columns` floats (a multiple of 32): of any NaN is one."""
-    even, odd = magnitude_bits(load_floats(x)), magnitude_bits(load_floats(x + 64))
-    for c in range(BLOCK, columns, BLOCK):
-        even = larger_bits(even, magnitude_bits(load_floats(x + 4 * c)))
-        odd = larger_bits(odd, magnitude_bits(load_floats(x + 4 * c + 64)))
-    return largest_of_bits(larger_bits(even, odd))
-
-
-@jitable
-def _halves(source, known):
-    """A block of activations; zeros for a token that fills a panel up."""
-    return (load_floats(source), load_floats(source + 64)) if known else (every(0), every(0))
-
-
-@jitable
-def _store_rounded(x, low, high, scale, most):
-    """A block's codes; returns the sums of their halves."""
-    # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
-    divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
-    first = store_codes(x, nearest(divide(low, divisor)), most)
-    return first, store_codes(x + BLOCK // 2, nearest(divide(high, divisor)), most)
-
-
-@jitable
-def _store_begins(sums, n, offset, first, second):
-    """What the sums of a product begin with."""
-    store_whole(sums, -offset * (first + second))
-    store_whole(sums + 4 * n, -offset * first)
-    store_whole(sums + 8 * n, -offset * second)
-
-
-@jitable
-def _store_sums(sums, n, first, second):
-    store_float(sums, first + second)
-    store_float(sums + 4 * n, first)
-    store_float(sums + 8 * n, second)
-
-
-@jitable
-def _lay_super(source, known, n, most, offset, x, x_scale, sums):
-    """A super-block of one token; reference: quantize_shifted."""
-    amax = _amax(source, SUPER) if known else np.float32(0)
-    scale = amax / np.float32(most) * np.float32(0.5**SHIFTS)
-    for block in range(SUPER // BLOCK):
-        here = source + 4 * BLOCK * block
-        own, step, shift = _amax(here, BLOCK) if known else np.float32(0), scale, 0
-        for _ in range(SHIFTS):  # until the codes reach far enough
-            own += own
-            if not own <= amax:
-                step, shift = step + step, shift + 1
-        low, high = _halves(here, known)
-        first, second = _store_rounded(x + n * BLOCK * block, low, high, step, most)
-        store_float(x_scale + 4 * n * block, scale)
-        store_whole(sums + 4 * n * (SHIFTS_AT + block), shift)
-        if offset > 0:
-            _store_begins(sums + 12 * n * block, n, offset, first, second)
-        else:
-            at = sums + 4 * n * (block // 4) + block % 4
-            store_split(at, at + 8 * n, first + second << shift)
-            at = sums + 4 * n * (HALVES_AT + block // 2) + block % 2 * 2
-            store_split(at, at + 16 * n, first << shift)
-            store_split(at + 1, at + 16 * n + 1, second << shift)
-
-
-def lay_out_text(n: int):
-    """Activations of the panels first <= panel < last as the products read them; reference: activations.py.
-
-    source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32. kind : laid_kind.
-    """
-
-    def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
-        blocks, offset, kind = columns // BLOCK, kind >> KINDS, kind & (1 << KINDS) - 1
-        most, kind = 7 if kind & FOUR else 127, kind & ~FOUR
-        for panel in range(first, last):
-            for i in range(n):
-                token, here = panel * n + i, source + (panel * n + i) * stride
-                known, at = token < tokens, panel * blocks * n + i
-                if kind == SUPERS:
-                    sums = x_sums + 4 * (panel * (blocks * BLOCK // SUPER) * SUPER_WORDS * n + i)
-                    for _ in range(blocks * BLOCK // SUPER):
-                        _lay_super(here, known, n, most, offset, x + BLOCK * at, x_scale + 4 * at, sums)
-                        here, at, sums = here + 4 * SUPER, at + SUPER // BLOCK * n, sums + 4 * SUPER_WORDS * n
-                    continue
-                scale, sums = np.float32(kind == FLOAT), x_sums + 4 * (panel * blocks * 3 * n + i)
-                if kind == TOKEN and known:
-                    scale = _amax(here, columns) / np.float32(most)
-                for _ in range(blocks):
-                    low, high = _halves(here, known)
-                    if kind == FLOAT:
-                        store_floats(x + 4 * BLOCK * at, low)
-                        store_floats(x + 4 * BLOCK * at + 64, high)
-                        _store_sums(sums, n, lane_sum(low), lane_sum(high))
-                    else:
-                        if kind == BLOCKS and known:
-                            scale = _amax(here, BLOCK) / np.float32(most)
-                        first_half, second_half = _store_rounded(x + BLOCK * at, low, high, scale, most)
-                        if offset > 0:
-                            _store_begins(sums, n, offset, first_half, second_half)
-                        else:
-                            _store_sums(sums, n, np.float32(first_half), np.float32(second_half))
-                    store_float(x_scale + 4 * at, scale)
-                    here, at, sums = here + 4 * BLOCK, at + n, sums + 12 * n
-
-    return lay_out
-
-
 @cache
 def product_address(form: Form, kind: int, n: int) -> int:
     """Address of the compiled product: void(weight, x, x_scale, x_sums, y, stride, panels, first, last).
@@ -766,9 +616,3 @@ def product_address(form: Form, kind: int, n: int) -> int:
     kind &= ~FOUR
     key = f"_{form.key}_{('float', 'blocks', 'token', 'supers')[kind]}_{n}"
     return compile_address(product_text(form, kind, n), types.void(*[types.intp] * 9), key)
-
-
-@cache
-def lay_out_address(n: int) -> int:
-    """Address of the compiled lay_out."""
-    return compile_address(lay_out_text(n), types.void(*[types.intp] * 10), f"_{n}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, tile_kernels
+from refllm.kernels.packed import fast, laid_out
 from refllm.kernels.packed.encode_codes import blockwise, fp8_blocks, nvfp4
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.records import BlockSparse, CodeWeight, GGUFBlocks, IntWeight, Sparse24, SparseBitmask
@@ -41,8 +41,8 @@ def check_tiles(weight, W, counts=(1, 13)):
     tiles = tiles_of(weight)
     for tokens in counts if tiles else ():
         x = np.resize(W, (tokens, W.shape[1])).astype(np.float32)
-        kinds = (tile_kernels.FLOAT, tile_kernels.SUPERS) if tiles.form.scale == "levels" else range(3)
-        for kind in kinds if tiles.form.has_integers else (tile_kernels.FLOAT,):
+        kinds = (laid_out.FLOAT, laid_out.SUPERS) if tiles.form.scale == "levels" else range(3)
+        for kind in kinds if tiles.form.has_integers else (laid_out.FLOAT,):
             product = fast.tile_matmul(guarded(x), tight(tiles), kind)
             assert np.array_equal(product, fast.tile_matmul(x, tiles, kind))
 

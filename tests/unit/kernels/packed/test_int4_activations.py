@@ -11,7 +11,7 @@ from refllm import load
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, matmul, reference
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
-from refllm.kernels.packed.tile_kernels import TOKENS, rounded_kind
+from refllm.kernels.packed.laid_out import TOKENS, rounded_kind
 from refllm.methods.apply import compress
 from refllm.model.llama import forward
 from tests.strategies import ACTIVATION_ROWS

@@ -21,8 +21,8 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, products, reference, simd, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
+from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, rounded_kind
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
-from refllm.kernels.packed.tile_kernels import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, rounded_kind
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from refllm.kernels.packed.tiling import Form
 from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma
