@@ -129,14 +129,16 @@ def compress(
     stages = parse(recipe)
     _check_runtime(stages, recipe)
     _check_calibration(stages, calibration)
-    if any(map(_is_whole, stages)):
-        model = _decoded(model)
+    stored, model = model.weights, _decoded(model) if any(map(_is_whole, stages)) else model
+    floats = model.weights
     for whole, group in groupby((s for s in stages if s.family not in RUNTIME_FAMILIES), _is_whole):
         if whole:
             for stage in group:
                 model = _change_model(model, stage, calibration, on_report)
         else:
             model = _change_weights(model, list(group), calibration, on_report)
+    if floats is not stored:  # what no stage has touched is stored as it came
+        model = replace(model, weights={k: stored[k] if floats.get(k) is w else w for k, w in model.weights.items()})
     stages, recipe = _prepared(model, stages, recipe, calibration)
     recipes = "+".join(filter(None, (model.recipe, recipe if stages else "")))
     return _bind_runtime(replace(model, recipe=recipes, tables=_learned(model, stages, calibration)), stages)

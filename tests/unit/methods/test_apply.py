@@ -180,6 +180,19 @@ def test_compressing_again_starts_from_what_is_stored():
     assert compress(once, "none").recipe == once.recipe
 
 
+def test_what_a_method_of_the_whole_model_leaves_alone_stays_stored():
+    """The codes that such a method is given as floats come back where nothing has changed."""
+    model = compress(model_of(), "rtn:bits=8,group=16,only=embed_tokens+rtn:bits=8,group=16,only=o_proj")
+    packed = {name for name, weight in model.weights.items() if is_record(weight)}
+    assert EMBEDDING in packed and len(packed) == 1 + model.config.num_layers
+    small = compress(model, "smoothquant", IDS)
+    assert all(small.weights[name] is model.weights[name] for name in packed)
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    assert small.weights[changed] is not model.weights[changed]
+    turned = compress(model, "quarot", IDS)
+    assert not is_record(turned.weights[EMBEDDING])
+
+
 def test_run_time_stages_are_bound():
     model = model_of()
     small = compress(model, "kivi:bits=4,group=4,residual=8+flash:block_q=4,block_k=4")
