@@ -87,7 +87,7 @@ def compare_table(result: dict) -> str:
     ]
     tasks = list(next((row["recall"] for row in result["rows"] if "recall" in row), {}))
     if tasks:
-        header += [f"{task.rsplit('/', 1)[-1].removesuffix('.jsonl')}\nrecall" for task in tasks]
+        header += [f"{task.rsplit('/', 1)[-1]}\nrecall" for task in tasks]
         header += ["stored\n/token", "on device\n/token", "fetched\n/step"]
         for cells, row in zip(rows, result["rows"], strict=True):
             cells += [f"{100 * row['recall'][task]:.1f}%" for task in tasks]
