@@ -7,6 +7,7 @@ from refllm.formats.files import atomic_write
 
 _MARKERS = "osD^vP*Xh<>"
 _FLOOR = 1e-6  # nats: below it KL is rounding, and a logarithmic axis has no zero
+_NAMES = 24  # points that have their names beside them; more have numbers
 
 
 def check_target(path) -> None:
@@ -22,7 +23,7 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
     """Two panels over what a row costs: KL to the base (logarithmic), and perplexity; a marker and colour a family.
 
     The cost is bits per weight. Where questions were asked, it is the bytes of the cache a token, and the second panel
-    shows the mean share of answers found.
+    shows the mean share of answers found. Many points have numbers, and a list beside them says which recipes they are.
 
     Parameters
     ----------
@@ -36,10 +37,11 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
 
     check_target(path)
     asked = all(row.get("recall") for row in rows)
-    points = [_point(row, asked) for row in rows]
-    figure = Figure(figsize=(13, 6.5), dpi=110, layout="constrained")
+    floor = min((row["kl_to_base"] for row in rows if row["kl_to_base"] > 2 * _FLOOR), default=2 * _FLOOR) / 2
+    points, listed = [_point(row, asked, floor) for row in rows], len(rows) > _NAMES
+    figure = Figure(figsize=(20 if listed else 13, 8 if listed else 6.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right, *beside = figure.subplots(1, 3 if listed else 2)
     families = list(dict.fromkeys(row["family"] for row in rows))
     for i, family in enumerate(families):
         mine = [point for row, point in zip(rows, points, strict=True) if row["family"] == family]
@@ -48,7 +50,7 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
         for axes, values in zip((left, right), heights, strict=True):
             axes.plot(costs, values, **style)
     left.set_yscale("log")
-    left.set_ylabel("KL to the base, nats per token (1e-6 and less drawn at 1e-6)")
+    left.set_ylabel(f"KL to the base, nats per token ({floor:.1g} and less drawn there)")
     perplexities = [row["perplexity"] for row in rows]
     if not asked and max(perplexities) > 10 * min(perplexities):
         right.set_yscale("log")
@@ -60,35 +62,43 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
         axes.set_xlabel(cache if asked else weights)
         axes.grid(True, alpha=0.3)
         axes.margins(x=0.12, y=0.08)
-    figure.draw_without_rendering()  # the layout is final before labels are placed in it
     names = [row["recipe"] for row in rows]
+    if listed:
+        numbers = [str(number) for number in range(1, len(names) + 1)]
+        lines = [f"{number:>3} {name}" for number, name in zip(numbers, names, strict=True)]
+        beside[0].text(0, 1, "\n".join(lines), fontsize=8, family="monospace", va="top", linespacing=1.15)
+        beside[0].set_axis_off()
+        names = numbers
+    figure.draw_without_rendering()  # the layout is final before labels are placed in it
     for axes, which in ((left, 1), (right, 2)):
-        _label(axes, [(point[0], point[which], name) for point, name in zip(points, names, strict=True)])
+        places = [(point[0], point[which], name) for point, name in zip(points, names, strict=True)]
+        _label(axes, places, width=18 if listed else 190)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
-def _point(row: dict, asked: bool) -> tuple[float, float, float]:
-    """Cost, KL, and perplexity or the share of answers found."""
-    divergence = max(row["kl_to_base"], _FLOOR)
+def _point(row: dict, asked: bool, floor: float) -> tuple[float, float, float]:
+    """Cost, KL or the floor, and perplexity or the share of answers found."""
+    divergence = max(row["kl_to_base"], floor)
     if not asked:
         return row["bits_per_weight"], divergence, row["perplexity"]
     found = row["recall"].values()
     return row["cache_bytes"]["device_bytes_per_token"], divergence, sum(found) / len(found)
 
 
-def _label(axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Name every point; labels that would cover each other move up, one line each."""
+def _label(axes, points: Sequence[tuple[float, float, str]], width: float) -> None:
+    """Name every point; labels, so many pixels wide, that would cover each other move up, one line each."""
     pixels = axes.transData.transform
     taken: list[tuple[float, float]] = []
     for *point, name in sorted(points):
         x, y = pixels(point)
         shift = 0.0
-        while any(abs(x - a) < 190 and abs(y + shift - b) < 13 for a, b in taken):
+        while any(abs(x - a) < width and abs(y + shift - b) < 13 for a, b in taken):
             shift += 4.0
         taken.append((x, y + shift))
         right_half = x > axes.bbox.x0 + 0.6 * axes.bbox.width
-        axes.annotate(
+        label = axes.annotate(
             name, point, xytext=(-6 if right_half else 6, shift * 72 / axes.figure.dpi), fontsize=7.5,
             textcoords="offset points", ha="right" if right_half else "left", va="center",
         )  # fmt: skip
+        label.set_in_layout(False)  # or many labels would leave no room for the panels

@@ -143,12 +143,20 @@ def test_with_questions_the_picture_is_another(result, tmp_path):
         "recall": {"facts": 1.0, "passkey": 0.5},
         "cache_bytes": {"stored_bytes_per_token": 9.0, "device_bytes_per_token": 7.0, "recalled_bytes_per_step": 1.0},
     }
-    assert plots._point(row, True) == (7.0, 1e-6, 0.75)
-    assert plots._point(row, False) == (row["bits_per_weight"], 1e-6, row["perplexity"])
+    assert plots._point(row, True, 1e-6) == (7.0, 1e-6, 0.75)
+    assert plots._point(row, False, 1e-6) == (row["bits_per_weight"], 1e-6, row["perplexity"])
     rows = [row, row | {"recipe": "kivi", "family": "kvcache"}]
     quality_against_size(rows, tmp_path / "recall.png")
     quality_against_size(result["rows"], tmp_path / "size.png")
     assert (tmp_path / "recall.png").read_bytes() != (tmp_path / "size.png").read_bytes()
+
+
+def test_many_points_have_numbers_and_a_list(result, tmp_path):
+    width = lambda path: int.from_bytes(path.read_bytes()[16:20], "big")  # of a PNG's first chunk
+    many = [result["rows"][1] | {"recipe": f"number {i}", "bits_per_weight": 1.0 + i} for i in range(60)]
+    quality_against_size(many, tmp_path / "many.png")
+    quality_against_size(many[: plots._NAMES], tmp_path / "few.png")
+    assert width(tmp_path / "many.png") > width(tmp_path / "few.png")
 
 
 def test_pictures_that_cannot_be_written(tmp_path):
