@@ -173,7 +173,7 @@ def _group_loader(form: Form):
     """Reads a group's scale, and what is subtracted."""
     load_scale, (own_zero, minimum), offset = SCALES[form.scale][0], _lows(form), form.offset
 
-    @jitable
+    @jitable(forceinline=True)
     def load_group(scale, low):
         s = load_scale(scale)
         return s, load_unsigned(low) if own_zero else load_halves(low) if minimum else every(offset)
