@@ -187,11 +187,13 @@ def _begin(b: ir.IRBuilder, address: ir.Value, n: int, begins: bool) -> list[ir.
 def _add_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Value, sums: list) -> list[ir.Value]:
     """Sums and, added to them, code * x over some fours of columns: of the tokens of one tile, then of the next.
 
-    codes : of each tile, the address of the block. For many sums the vectors of codes come one by one, or LLVM reads
-    all of them first and has no registers for them; for one sum that is as well.
+    codes : of each tile, the address of the block. Of several tiles the vectors of codes come one by one, or LLVM reads
+    all of them first and has no registers for them; of one tile that is as well.
     """
     sums, tokens, width = list(sums), len(sums) // len(codes), PLANES[form.bits][0]
-    together = [[quad for quad in quads if quad % width == v] for v in range(width)] if len(sums) > 1 else [list(quads)]
+    together = (
+        [[quad for quad in quads if quad % width == v] for v in range(width)] if len(codes) > 1 else [list(quads)]
+    )
     for some in together:
         of_tiles = [_code_quads(b, place, form, some) for place in codes]
         for number, quad in enumerate(some):
