@@ -26,7 +26,9 @@ KINDS = {
 # Relative error ||y - y'|| / ||y'|| up to which a product counts as right; rounding x to 8 bits makes 0.005 (a scale
 # for 32 numbers) to 0.015 (a scale a row).
 TOLERANCE = 0.04
-MOST_COPIES = 512  # of one weight: those of a few kilobytes are met in a cache all the same
+# Copies of one weight. Fewest: a turn's first product may have to fetch pages that the program before it gave back, which
+# took a third of the time of a product of 26 ms. Most: those of a few kilobytes are met in a cache all the same.
+FEWEST_COPIES, MOST_COPIES = 3, 512
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Task:
 
     def copies(self, nbytes: int) -> int:
         """Of a weight of this size: a turn of many tokens reads few copies, since it uses each so many times."""
-        return min(MOST_COPIES, max(1, -(-self.share // (nbytes * len(self.x)))))
+        return min(MOST_COPIES, max(FEWEST_COPIES, -(-self.share // (nbytes * len(self.x)))))
 
     def stored(self, type_name: str) -> GGUFBlocks | IntWeight:
         """The matrix in a GGUF type or one of KINDS."""

@@ -87,7 +87,7 @@ def test_a_product_of_another_shape_is_wrong():
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "tokens", "copies"), [(100, 1, 100), (300, 1, 34), (50_000, 1, 1), (100, 512, 1), (1, 1, 512)]
+    ("nbytes", "tokens", "copies"), [(100, 1, 100), (300, 1, 34), (50_000, 1, 3), (100, 512, 3), (1, 1, 512)]
 )
 def test_copies_fill_the_share(nbytes, tokens, copies):
     task = Task(np.zeros((1, 1)), np.zeros((tokens, 1)), threads=1, share=10_000)
