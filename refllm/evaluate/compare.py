@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -234,31 +234,13 @@ def compare(
         raise ValueError("; ".join(f"{recipe}: {error}" for recipe, error in refused.items()))
     for recipe, error in refused.items():
         leave_out(recipe, error)
-    with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
-        folder = Path(folder)
-        np.save(folder / "ids.npy", setting.ids)
-        (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
-        # No tokenizer: the processes get ids, and loading one would count in their memory.
-        base = replace(model, tokenizer=None)
-        missing = [recipe for recipe in recipes if recipe not in rows and recipe not in refused]
-        if missing or "none" not in rows:  # the base's log-probabilities are what the others are compared with
-            base_row = _with_recall(_measure(base, "none", setting, folder, is_base=True), asked, model.tokenizer)
-            if "none" not in rows:
-                keep(base_row)
-                rows["none"] = base_row
-        for done, recipe in enumerate(missing, 1):
-            if on_recipe is not None:
-                on_recipe(done, len(missing), recipe)
-            if recipe in rows:
-                continue
-            try:
-                small = compress(base, recipe, setting.calibration if needs_calibration(recipe) else None)
-                row = _measure(small, recipe, setting, folder)
-            except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
-                leave_out(recipe, error)
-                continue
-            rows[recipe] = _with_recall(row, asked, model.tokenizer)
-            keep(rows[recipe])
+    missing = [recipe for recipe in recipes if recipe not in rows and recipe not in refused]
+    if missing or "none" not in rows:
+        for row in _measured(model, missing, setting, given, leave_out, on_recipe):
+            row = _with_recall(row, asked, model.tokenizer)
+            if row["recipe"] not in rows:
+                keep(row)
+                rows[row["recipe"]] = row
     base_row = rows["none"]
     extra = {"tokens_scored", "base_dtype"}
     return {
@@ -274,6 +256,29 @@ def compare(
         "base_perplexity": base_row["perplexity"],
         "base_dtype": base_row["base_dtype"],
     }
+
+
+def _measured(model: Model, recipes, setting: Setting, given: dict, leave_out, on_recipe) -> Iterator[dict]:
+    """Rows of the base, whose log-probabilities the others need, and of each recipe that can be measured."""
+    with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as folder:
+        folder = Path(folder)
+        np.save(folder / "ids.npy", setting.ids)
+        (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
+        # No tokenizer: the processes get ids, and loading one would count in their memory.
+        base = replace(model, tokenizer=None)
+        yield _measure(base, "none", setting, folder, is_base=True)
+        for done, recipe in enumerate(recipes, 1):
+            if on_recipe is not None:
+                on_recipe(done, len(recipes), recipe)
+            if recipe == "none":
+                continue
+            try:
+                small = compress(base, recipe, setting.calibration if needs_calibration(recipe) else None)
+                row = _measure(small, recipe, setting, folder)
+            except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
+                leave_out(recipe, error)
+                continue
+            yield row
 
 
 def _with_recall(row: dict, asked: dict, tokenizer) -> dict:
