@@ -132,6 +132,16 @@ def test_the_induction_heads_of_the_bundled_model_are_found():
     assert retrieval_heads(model, induction=0.125, echo=0.125) == [(1, 1)]
 
 
+def test_a_recipe_says_how_many_tokens_the_search_reads(monkeypatch):
+    model, read = random_model(num_layers=2), []
+    module = sys.modules["refllm.methods.kvcache.razor"]
+    searched = module.head_scores
+    monkeypatch.setattr(module, "head_scores", lambda model, **how: read.append(how) or searched(model, **how))
+    found = compress(model, "razor:tokens=5,induction=0.5,recent=4").recipe
+    assert read == [{"tokens": 5}]
+    assert found.endswith("heads=" + heads_text(choose(*searched(model, tokens=5), 0.5, 0.01)))
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), unique=True).map(sorted))
 def test_heads_as_text(heads):
     text = heads_text(heads)
@@ -176,6 +186,7 @@ def test_searched_once_and_stored_with_the_model(tmp_path, monkeypatch):
         (dict(heads="none", divisor=0), "divisor from 1"),
         (dict(heads="none", recent=-1), "share of the prompt"),
         (dict(heads="none", induction=1.5), "shares from 0 to 1"),
+        (dict(heads="none", tokens=0), "tokens must be positive"),
     ],
 )
 def test_bad_knobs(knobs, message):
