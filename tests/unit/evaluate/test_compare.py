@@ -143,8 +143,9 @@ def test_with_questions_the_picture_is_another(result, tmp_path):
         "recall": {"facts": 1.0, "passkey": 0.5},
         "cache_bytes": {"stored_bytes_per_token": 9.0, "device_bytes_per_token": 7.0, "recalled_bytes_per_step": 1.0},
     }
-    assert plots._point(row, True, 1e-6) == (7.0, 1e-6, 0.75)
-    assert plots._point(row, False, 1e-6) == (row["bits_per_weight"], 1e-6, row["perplexity"])
+    assert plots._point(row, True, 1e-6, 5.0) == (7.0, 1e-6, 0.75)
+    assert plots._point(row, False, 1e-6, 1e9) == (row["bits_per_weight"], 1e-6, row["perplexity"])
+    assert plots._point(row, False, 1e-6, 5.0) == (row["bits_per_weight"], 1e-6, 5.0)
     rows = [row, row | {"recipe": "kivi", "family": "kvcache"}]
     quality_against_size(rows, tmp_path / "recall.png")
     quality_against_size(result["rows"], tmp_path / "size.png")
