@@ -26,8 +26,8 @@ KINDS = {
 # Relative error ||y - y'|| / ||y'|| up to which a product counts as right; rounding x to 8 bits makes 0.005 (a scale
 # for 32 numbers) to 0.015 (a scale a row).
 TOLERANCE = 0.04
-# Copies of one weight. Fewest: a turn's first product may have to fetch pages that the program before it gave back,
-# which took 12 ms beside a product's 26. Most: those of a few kilobytes are met in a cache all the same.
+# Copies of one weight. Fewest: a turn's first product may have to fetch pages that the program before it gave back.
+# Most: those of a few kilobytes are met in a cache all the same.
 FEWEST_COPIES, MOST_COPIES = 3, 512
 
 
