@@ -43,7 +43,7 @@ def measure_products(
     peers : sequence of refllm.evaluate.bench.peers.Peer
     rounds : int
     spread : int
-        Bytes that all products read together between two uses of one copy of a weight, for one token.
+        Bytes that all products' copies of a weight have together, for one token.
     read_bytes : int
         Size of the array that measures the memory.
     on_step : callable, optional
@@ -72,7 +72,7 @@ def measure_products(
     turns = [Candidate(product.name, product.run, product.copies) for product, _ in products]
     turns.append(bandwidth.read_candidate(threads, read_bytes))
     show = lambda done, total: say(f"{shape[0]}x{shape[1]}: round {done + 1}/{total}")
-    found = take_turns(turns, rounds, on_round=show)
+    found = take_turns(turns, rounds, running_start=True, on_round=show)
     read = read_bytes / found.timings[bandwidth.NAME].median / 1e9
     return {
         "rows": [_row(product, error, found, products, task, read) for product, error in products],

@@ -3,11 +3,12 @@
 Candidates run one after the other, round after round, always in the same order, so that other work on the machine
 hurts all alike. A turn is several products over different weights, or many tokens: some milliseconds at least. Decoding
 a model reads every weight once a token, so no weight may be met in a cache here either: every candidate has copies of
-its weights and a turn goes through all of them; all candidates together read `SPREAD` bytes or more between two uses of
-one copy.
+its weights and a turn goes through all of them; all candidates together have `SPREAD` bytes or more.
 
 A turn begins when this process is idle: the threads of a program that has had its turn spin for a while, waiting for
-more work (ggml's 10 ms, ONNX Runtime's 40, OpenBLAS's 60 and more), and would take a processor from the next.
+more work (ggml's 10 ms, ONNX Runtime's 40, OpenBLAS's 60 and more), and would take a processor from the next. The first
+products after a pause take up to a quarter longer than those that follow, whoever makes them. Decoding never pauses, so
+single products are timed with a running start: a turn that is not timed goes right before.
 
 Medians are compared. The quartiles beside them say how far to trust them, and `other_work` why not.
 """
@@ -22,7 +23,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-SPREAD = 1 << 30  # bytes; the largest last-level caches of single processors hold less
+# Bytes. A turn reads its share twice, so that must be more than a cache holds: of twenty candidates, 100 MB.
+SPREAD = 1 << 31
 PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds
 BUSY = 0.2  # share of all processors that other work may take before a measurement is called noisy
 
@@ -91,6 +93,7 @@ def take_turns(
     *,
     warmups: int = 1,
     pause: float = PAUSE,
+    running_start: bool = False,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Rounds:
     """Time the candidates, interleaved.
@@ -104,6 +107,8 @@ def take_turns(
         Rounds before them that are not counted: kernels are compiled, pages touched, threads started.
     pause : float
         Seconds that this process must have been idle for before a turn; 0 does not wait.
+    running_start : bool
+        Whether each turn directly follows one of the same candidate that is not timed.
     on_round : callable, optional
         Called as on_round(done, all) before each round.
 
@@ -126,6 +131,8 @@ def take_turns(
             if candidate.before is not None:
                 candidate.before()
             settle(pause)
+            if running_start:
+                candidate.turn()
             start = time.perf_counter()
             candidate.turn()
             took = time.perf_counter() - start

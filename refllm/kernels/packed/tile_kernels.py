@@ -66,8 +66,8 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 from refllm.kernels.packed.vector_products import no_sums, rows_together, scale_sums, store_sums, vector_products
 
 # Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
-# page of 4096 bytes, so what lies two of them further is asked for.
-AHEAD = 8192
+# page of 4096 bytes, so what lies in the next one is asked for.
+AHEAD = 4096
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
 TILES = 2 if TOKENS == 12 else 1  # side by side then; 24 sums in 32 registers
