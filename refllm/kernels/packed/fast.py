@@ -20,7 +20,8 @@ from refllm.kernels.packed.laid_out import FLOAT, KINDS, TOKEN, TOKENS, laid_kin
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.reference import activation_block, row_blocks
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
-from refllm.kernels.packed.threads import over_rows
+from refllm.kernels.packed.standing import run_job
+from refllm.kernels.packed.threads import division, over_rows
 from refllm.kernels.packed.tile_kernels import TILES, product_address
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
@@ -56,15 +57,14 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
     at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
     laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
-    lay_out, product = _lay_out(n), _product(tiles.form, kind, n)
+    lay_out, product = _lay_out(n), product_address(tiles.form, kind, n)
     wanted = laid_kind(tiles.form, kind)
     for start in range(0, panels, most):
         done, count = start * n, min(most, panels - start)
         source = from_x + done * x.strides[0], tokens - done, x.shape[1], x.strides[0], wanted, *laid_out
         over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
         target = tiles.address, *laid_out, to_y + done * stride, stride, count
-        work = tiles.codes.size * count * n
-        over_rows(lambda first, last, target=target: product(*target, first, last), tiles.tiles, work, TILES)
+        over_tiles(product, target, tiles.tiles, tiles.codes.size * count * n)
     return y[:tokens, : tiles.shape[0]]
 
 
@@ -81,9 +81,16 @@ def _padded(x: np.ndarray, columns: int) -> np.ndarray:
     return x if x.flags.carray and x.dtype == np.float32 else np.require(x, np.float32, ["C", "A"])
 
 
+def over_tiles(product: int, arguments: tuple, tiles: int, work: int) -> None:
+    """Call the product at an address on slices that together cover all tiles; `threads.over_rows` in compiled code."""
+    threads, units, slices = division(tiles, work, TILES)
+    if threads == 1 or not run_job(product, arguments, tiles, (slices, units, TILES), threads):
+        _function(product)(*arguments, 0, tiles)
+
+
 @cache
-def _product(form, kind: int, n: int):
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product_address(form, kind, n))
+def _function(product: int):
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product)
 
 
 @cache
@@ -195,9 +202,9 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     x, sums = _laid_codes(x_codes, tiles, panels, n)
     scale = np.ones((panels, tiles.blocks, n), np.float32)
     y = _results(panels * n, tiles.tiles * ROWS)
-    product, stride = _product(tiles.form, TOKEN, n), y.strides[0]
+    product, stride = product_address(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
-    over_rows(lambda first, last: product(*target, first, last), tiles.tiles, tiles.codes.size * panels * n, TILES)
+    over_tiles(product, target, tiles.tiles, tiles.codes.size * panels * n)
     return y[:tokens, : tiles.shape[0]]
 
 

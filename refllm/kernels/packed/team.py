@@ -47,21 +47,21 @@ def _pointer(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def _add_atomic(typing, address, value):
-    """Add to the 64-bit integer at an address; returns what was there."""
+def add_atomic(typing, address, value):
+    """Add to the 64-bit integer at an address; returns what was there. Every thread sees such steps in one order."""
 
     def generate(context, b, sig, args):
-        return b.atomic_rmw("add", _pointer(b, args[0]), args[1], "acq_rel")
+        return b.atomic_rmw("add", _pointer(b, args[0]), args[1], "seq_cst")
 
     return types.intp(types.intp, types.intp), generate
 
 
 @intrinsic
-def _load_atomic(typing, address):
+def load_atomic(typing, address):
     """The 64-bit integer at an address, and everything its writer wrote before it."""
 
     def generate(context, b, sig, args):
-        return b.load_atomic(_pointer(b, args[0]), "acquire", 8)
+        return b.load_atomic(_pointer(b, args[0]), "seq_cst", 8)
 
     return types.intp(types.intp), generate
 
@@ -85,16 +85,16 @@ def barrier(meeting, threads):
     """
     if threads > 1:
         arrived, generation = meeting, meeting + 64  # in cache lines of their own
-        now = _load_atomic(generation)
-        if _add_atomic(arrived, 1) == threads - 1:
+        now = load_atomic(generation)
+        if add_atomic(arrived, 1) == threads - 1:
             _store_atomic(arrived, 0)
             _store_atomic(generation, now + 1)
         else:
             looks = 0
-            while _load_atomic(generation) == now:
+            while load_atomic(generation) == now:
                 looks += 1
                 if looks > SPINS:
-                    call(_load_atomic(meeting + 128), ())
+                    call(load_atomic(meeting + 128), ())
 
 
 @jitable

@@ -41,12 +41,10 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int, together:
     together : int
         Rows that are best done together: slices begin at multiples of it.
     """
-    units, worth = -(-rows // together), work // MINIMUM_WORK
-    threads = max(1, min(units, worth, thread_count()))
+    threads, units, slices = division(rows, work, together)
     if threads == 1:
         run(0, rows)
         return
-    slices = min(units, worth, SLICES * threads)
     number = count()
 
     def take_slices():
@@ -59,15 +57,27 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int, together:
         helper.result()
 
 
+def division(rows: int, work: int, together: int = 1) -> tuple[int, int, int]:
+    """How `over_rows` divides: threads, units of `together` rows, and slices of units."""
+    units, worth = -(-rows // together), work // MINIMUM_WORK
+    threads = max(1, min(units, worth, thread_count()))
+    return threads, units, 1 if threads == 1 else min(units, worth, SLICES * threads)
+
+
 def begin(tasks: Sequence[Callable[[], object]]) -> list[Future]:
     """Begin tasks, each on a thread of its own beside the calling one, which does not wait."""
+    return [begin_on(pool(len(tasks)), task) for task in tasks]
+
+
+def begin_on(threads: ThreadPoolExecutor, task: Callable[[], object]) -> Future:
+    """Begin a task on one of these threads, beside the calling one."""
     here = processor()
 
-    def away(task):
+    def away():
         leave(here)
         return task()
 
-    return [pool(len(tasks)).submit(away, task) for task in tasks]
+    return threads.submit(away)
 
 
 def processor() -> int | None:
