@@ -1,7 +1,7 @@
 """Threads over rows of the weight: outputs are divided, sums never, so results do not depend on the number of threads.
 
-The kernels release the interpreter lock, so a plain thread pool is enough and no threading layer of Numba is needed. Products
-from tiles, which may take less time than waking a thread, share helpers that stay awake a little (standing.py).
+The kernels release the interpreter lock, so a plain thread pool is enough and no threading layer of Numba is needed.
+Products from tiles, which may take less time than waking a thread, share helpers that stay awake (standing.py).
 """
 
 import ctypes
