@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 @jitable
 def _take_slices(words, at):
-    """Slices of the open job, one after another, until none is left."""
+    """Slices of the open job, one after another, until none is left. words : (WORDS,) int64, at : their address."""
     slices, units, together, rows = words[SLICES], words[UNITS], words[TOGETHER], words[ROWS]
     while True:
         i = add_atomic(at + 8 * NEXT, 1)
@@ -46,7 +46,7 @@ def _take_slices(words, at):
 
 
 def own_job(words, at):
-    """Open the job that stands in the words, take part until it is done, and close it."""
+    """Open the job that stands in the words, take part until it is done, and close it. Arguments: `_take_slices`."""
     add_atomic(at + 8 * OPENED, 1)
     _take_slices(words, at)
     looks = 0
@@ -62,7 +62,7 @@ def own_job(words, at):
 
 
 def help_jobs(words, at):
-    """Take part in every job that is opened (an odd number) until there has been none for a while."""
+    """Take part in every job that is opened (an odd number) until there is none for LOOKS looks; as `_take_slices`."""
     seen, looks = 0, 0
     while looks < LOOKS:
         now = load_atomic(at + 8 * OPENED)
