@@ -22,7 +22,7 @@ import numpy as np
 from refllm.formats.blocks import BLOCKS
 from refllm.formats.dtypes import BF16
 from refllm.formats.errors import FormatError
-from refllm.formats.files import atomic_write
+from refllm.formats.files import atomic_write, forget_pages
 
 # Tensor types: id -> (name, numbers in a block, bytes of a block).
 TENSOR_TYPES = {
@@ -259,6 +259,7 @@ def _place(read: _Cursor, entries: list, alignment: int) -> dict[str, GGUFTensor
     """Check that the tensors fill the data section, each starting at the next aligned byte after the one before."""
     start = -(-read.at // alignment) * alignment if entries else read.at
     mapped = np.frombuffer(read.data, np.uint8)
+    forget_pages(mapped[: read.at])  # all of the head is in Python's objects now
     result: dict[str, GGUFTensor] = {}
     end = start
     for name, type_name, shape, offset, nbytes, at in sorted(entries, key=lambda entry: entry[3]):

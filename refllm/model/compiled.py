@@ -12,8 +12,10 @@ order rounds to another float32.
 
 import numpy as np
 
+from refllm.formats.files import forget_pages
 from refllm.kernels.packed import ACTIVATIONS, BITS, as_run, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
+from refllm.kernels.packed.quantized import GGUFBlocks
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sum
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
@@ -217,11 +219,13 @@ class Compiled:
 
     def _embed(self, ids: np.ndarray, x: np.ndarray) -> None:
         """Token vectors into the first columns of x."""
-        hidden = x[: len(ids), : self.model.config.hidden_size]
+        hidden, embedding = x[: len(ids), : self.model.config.hidden_size], self.model.weights[EMBEDDING]
         if self._decode_row is not None and len(ids) == 1:
             self._decode_row(int(ids[0]), int(ids[0]) + 1, hidden)
         else:
-            hidden[:] = rows(self.model.weights[EMBEDDING], ids)
+            hidden[:] = rows(embedding, ids)
+        if isinstance(embedding, GGUFBlocks):
+            forget_pages(embedding.data[min(ids) : max(ids) + 1])  # of a file: with every row come pages around it
         if self.model.config.embedding_scale != 1:
             hidden *= np.float32(self.model.config.embedding_scale)
 

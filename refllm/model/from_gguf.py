@@ -114,7 +114,9 @@ def _weight(tensor: GGUFTensor, dtype: str):
 def _take_rows(weight, order: np.ndarray):
     if isinstance(weight, np.ndarray):
         return weight[order]
-    return replace(weight, data=weight.data[order])
+    taken = replace(weight, data=weight.data[order])
+    forget_pages(weight.data)
+    return taken
 
 
 class _Keys:

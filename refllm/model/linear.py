@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from refllm.kernels.nn import ACTIVATIONS
-from refllm.kernels.packed import matmul
+from refllm.kernels.packed import matmul_each
 from refllm.model.model import Model
 
 
@@ -29,12 +29,9 @@ def linear(model: Model, names: tuple[str, ...], x: np.ndarray, observe: Callabl
     names = tuple(name + ".weight" for name in names)
     if observe is not None:
         observe(names, x)
-    out = []
-    for name in names:
-        y = matmul(x, model.weights[name], model.runtime.activations)
-        bias = model.weights.get(name.removesuffix("weight") + "bias")
-        out.append(y if bias is None else y + bias)
-    return out
+    products = matmul_each(x, [model.weights[name] for name in names], model.runtime.activations)
+    biases = [model.weights.get(name.removesuffix("weight") + "bias") for name in names]
+    return [y if bias is None else y + bias for y, bias in zip(products, biases, strict=True)]
 
 
 def gated(model: Model, prefix: str, x: np.ndarray, observe: Callable | None = None) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import encode_gguf, matmul
+from refllm.kernels.packed import encode_gguf, matmul, matmul_each
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight, from_parts, meta, parts
 
 KINDS = {
@@ -167,7 +167,10 @@ def _own(task: Task, weight, program: str, type_name: str, detail: str, activati
     weights, found = copied(weight, task.copies(weight.nbytes)), {}
 
     def run():
-        for i, copy in enumerate(weights):
+        if len(task.x) == 1:  # as q, k and v of a decoded token: one call, as ggml's graph of all products is one
+            found["y"] = matmul_each(task.x, weights, activations)[0]
+            return
+        for i, copy in enumerate(weights):  # of many tokens each product rounds its own, as the peers' do
             y = matmul(task.x, copy, activations)
             if i == 0:
                 found["y"] = y

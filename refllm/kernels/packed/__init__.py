@@ -9,6 +9,7 @@ float64 activations always take the NumPy text. Records are described in records
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -124,6 +125,57 @@ def matmul(x: np.ndarray, weight: np.ndarray | Record, activations: str | Roundi
     else:
         y = text.matmul_rounded(flat, weight, BITS[activations])
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def matmul_each(x: np.ndarray, weights: Sequence, activations: str | Rounding = "float32") -> list[np.ndarray]:
+    """[matmul(x, weight, activations) for weight in weights], to the last bit.
+
+    Kernels lay x out, or round it, once for all weights that want it alike (q, k and v, or gate and up), and multiply
+    by all of them in one job: no thread waits at the end of one weight for the next.
+
+    Parameters
+    ----------
+    x : (..., in) float32 or float64
+    weights : sequence of (out, in) array or record
+        The numbers of rows may differ.
+    activations : str or Rounding
+        As of matmul.
+
+    Returns
+    -------
+    list of (..., out) array
+
+    Raises
+    ------
+    ValueError
+        As of matmul.
+
+    Examples
+    --------
+    >>> [y.tolist() for y in matmul_each(np.ones(2), [np.eye(2), np.array([[1, 2]])])]
+    [[1.0, 1.0], [3.0]]
+    """
+    x = np.asarray(x)
+    found = _shared(x, weights, activations) if x.dtype == np.float32 and len(weights) > 1 else [None] * len(weights)
+    return [
+        matmul(x, weight, activations) if y is None else y.reshape(*x.shape[:-1], weight.shape[0])
+        for weight, y in zip(weights, found, strict=True)
+    ]
+
+
+def _shared(x: np.ndarray, weights: Sequence, activations: str | Rounding) -> list[np.ndarray | None]:
+    """What of matmul_each kernels do together, (tokens, out); None where matmul is to be asked."""
+    records = []
+    for weight in weights:
+        record, how = as_run(weight, activations)
+        if how not in ACTIVATIONS or not is_record(record) or x.ndim == 0 or x.shape[-1] != record.shape[1]:
+            return [None] * len(weights)
+        records.append((record, BITS[how] if how in BITS and has_codes(record) else 0))
+    if backend() != "numba":
+        return [None] * len(weights)
+    from refllm.kernels.packed import fast
+
+    return fast.shared_products(x.reshape(-1, x.shape[-1]), records)
 
 
 def rows(weight: np.ndarray | Record, ids: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ The sums of the second kind are BLAS's: their order, and so their last bits, may
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from refllm.kernels.packed.compile import compile_kernel
 from refllm.kernels.packed.laid_out import FLOAT, KINDS, TOKEN, TOKENS, laid_kind, lay_out_address, rounded_kind
 from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.reference import activation_block, row_blocks
+from refllm.kernels.packed.several import several_address
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.standing import run_job
 from refllm.kernels.packed.threads import division, over_rows
@@ -47,31 +49,51 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     -------
     (tokens, out) float32
     """
-    tokens, blocks, n = len(x), tiles.blocks, 1 if len(x) <= FEW_TOKENS else TOKENS
+    return tile_products(x, [tiles], kind)[0]
+
+
+def tile_products(x: np.ndarray, weights: Sequence[Tiles], kind: int) -> list[np.ndarray]:
+    """tile_matmul with several weights of one width and one laid_kind: the activations are laid out once."""
+    tokens, blocks, n = len(x), weights[0].blocks, 1 if len(x) <= FEW_TOKENS else TOKENS
     x = _padded(x, blocks * BLOCK)
     panels = -(-tokens // n)
     most = max(1, min(panels, SLAB // n))
-    y = _results(panels * n, tiles.tiles * ROWS)
+    y, starts = _results(panels * n, [tiles.tiles * ROWS for tiles in weights])
     each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
     codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
     laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
     at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
     laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
-    lay_out, product = _lay_out(n), product_address(tiles.form, kind, n)
-    wanted = laid_kind(tiles.form, kind)
+    lay_out, wanted = _lay_out(n), laid_kind(weights[0].form, kind)
+    products = [
+        (product_address(tiles.form, kind, n), tiles.address, to_y + 4 * start, stride, tiles.tiles)
+        for tiles, start in zip(weights, starts, strict=True)
+    ]
+    work = n * sum(tiles.codes.size for tiles in weights)
     for start in range(0, panels, most):
         done, count = start * n, min(most, panels - start)
         source = from_x + done * x.strides[0], tokens - done, x.shape[1], x.strides[0], wanted, *laid_out
         over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
-        target = tiles.address, *laid_out, to_y + done * stride, stride, count
-        over_tiles(product, target, tiles.tiles, tiles.codes.size * count * n)
-    return y[:tokens, : tiles.shape[0]]
+        _multiply(products, laid_out, done, count, count * work)
+    return [y[:tokens, start : start + tiles.shape[0]] for tiles, start in zip(weights, starts, strict=True)]
 
 
-def _results(rows: int, columns: int) -> np.ndarray:
-    """Room for results. Rows that lay whole pages apart would displace each other from the cache."""
+def _multiply(products: list[tuple[int, ...]], laid_out: tuple[int, int, int], token: int, panels: int, work: int):
+    """Products (several.FIELDS) of `panels` panels; the first has the results from `token` on."""
+    if len(products) == 1:
+        kernel, weight, y, stride, tiles = products[0]
+        over_tiles(kernel, (weight, *laid_out, y + token * stride, stride, panels), tiles, work)
+        return
+    table = np.array(products, np.int64)
+    what = table.ctypes.data, *laid_out, len(products), token, panels
+    over_tiles(several_address(), what, int(table[:, -1].sum()), work)
+
+
+def _results(rows: int, widths: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Room for results side by side, and where each begins; rows whole pages apart would displace each other."""
+    *starts, columns = accumulate(widths, initial=0)
     apart = columns + (ROWS if 4 * columns % PAGE == 0 else 0)
-    return np.empty((rows, apart), np.float32)[:, :columns]
+    return np.empty((rows, apart), np.float32), starts
 
 
 def _padded(x: np.ndarray, columns: int) -> np.ndarray:
@@ -171,8 +193,8 @@ def _values(values, block: slice) -> np.ndarray:
 
 def matmul_float(x: np.ndarray, weight) -> np.ndarray:
     """reference.matmul_float for float32 x."""
-    if tiles := tiles_of(weight):
-        return tile_matmul(x, tiles, FLOAT)
+    if tiled := _tiled(weight, 0):
+        return tile_matmul(x, *tiled)
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for block, rows in decoded(weight):
         np.matmul(x, rows.T, out=y[:, block])
@@ -186,10 +208,43 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 
 def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     """reference.matmul_rounded for float32 x. Without an integer product, floats are multiplied."""
-    block = activation_block(weight)
-    if (tiles := tiles_of(weight)) and tiles.form.has_integers:
-        return tile_matmul(x, tiles, rounded_kind(block, bits))
-    return matmul_float(round_activations(x, block, bits), weight)
+    if tiled := _tiled(weight, bits):
+        return tile_matmul(x, *tiled)
+    return matmul_float(round_activations(x, activation_block(weight), bits), weight)
+
+
+def _tiled(weight, bits: int) -> tuple[Tiles, int] | None:
+    """The tiles that a product with activations of so many bits (0: float32) takes, and the kind of activations."""
+    tiles = tiles_of(weight)
+    if not tiles or not bits:
+        return (tiles, FLOAT) if tiles else None
+    return (tiles, rounded_kind(activation_block(weight), bits)) if tiles.form.has_integers else None
+
+
+def shared_products(x: np.ndarray, records: Sequence[tuple]) -> list[np.ndarray | None]:
+    """matmul_rounded for several records at once: those together that read x laid out alike.
+
+    Parameters
+    ----------
+    x : (tokens, in) float32
+    records : sequence of (record, int)
+        Each with the bits of its activations; 0 for float32.
+
+    Returns
+    -------
+    list of (tokens, out) float32 or None
+        None for a record that has no tiles.
+    """
+    found, alike = [None] * len(records), {}
+    for i, (record, bits) in enumerate(records):
+        if tiled := _tiled(record, bits):
+            tiles, kind = tiled
+            alike.setdefault((kind, laid_kind(tiles.form, kind), tiles.blocks), []).append((i, tiles))
+    for (kind, *_), members in alike.items():
+        numbers, tiles = zip(*members, strict=True)
+        for i, y in zip(numbers, tile_products(x, tiles, kind), strict=True):
+            found[i] = y
+    return found
 
 
 def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
@@ -201,7 +256,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     panels = -(-tokens // n)
     x, sums = _laid_codes(x_codes, tiles, panels, n)
     scale = np.ones((panels, tiles.blocks, n), np.float32)
-    y = _results(panels * n, tiles.tiles * ROWS)
+    y, _ = _results(panels * n, [tiles.tiles * ROWS])
     product, stride = product_address(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
     over_tiles(product, target, tiles.tiles, tiles.codes.size * panels * n)

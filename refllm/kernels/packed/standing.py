@@ -2,7 +2,9 @@
 
 Waking a thread costs some 50 us, and so does waiting for the one that was woken: half of what a product with a vector
 takes that two threads share. So who has helped looks out for `LOOKS` looks, inside compiled code and without the
-interpreter lock, and takes part in a product that begins meanwhile at once.
+interpreter lock, and takes part in a product that begins meanwhile at once. Before it lies down it says so and looks
+once more; the owner opens a job first and then counts who is awake. So one of the two notices the other, and no job
+waits for a helper that has just left.
 
 Whoever has a product opens a job and takes slices of it like everybody else; the job is done when all slices are,
 whoever took them. A helper that comes late, or not at all, makes it slower and changes no result. Nobody may read a job
@@ -12,7 +14,7 @@ otherwise; the owner closes the job and waits until nobody is inside.
 
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import numpy as np
@@ -25,7 +27,8 @@ from refllm.kernels.packed.threads import begin_on
 LOOKS = SPINS + 300  # some 200 us: those beyond SPINS give the processor away
 ARGUMENTS = 7  # of the function, before the first and the last row
 # Places of words, those that several threads write in cache lines of their own; of a job: function, arguments, ...
-OPENED, NEXT, DONE, INSIDE, YIELD, JOB = (8 * i for i in range(6))
+OPENED, NEXT, DONE, INSIDE, AWAKE, YIELD = (8 * i for i in range(6))
+HELPERS, JOB = YIELD + 1, YIELD + 2
 SLICES, UNITS, TOGETHER, ROWS = (JOB + 1 + ARGUMENTS + i for i in range(4))
 WORDS = ROWS + 1
 _lock = threading.Lock()
@@ -45,9 +48,16 @@ def _take_slices(words, at):
         add_atomic(at + 8 * DONE, 1)
 
 
-def own_job(words, at):
-    """Open the job that stands in the words, take part until it is done, and close it. Arguments: `_take_slices`."""
+def open_job(words, at):
+    """Open the job that stands in the words; returns how many helpers have to be woken. Arguments: `_take_slices`."""
     add_atomic(at + 8 * OPENED, 1)
+    asleep = max(0, words[HELPERS] - load_atomic(at + 8 * AWAKE))
+    add_atomic(at + 8 * AWAKE, asleep)
+    return asleep
+
+
+def own_job(words, at):
+    """Take part in the open job until it is done, and close it. Arguments: `_take_slices`."""
     _take_slices(words, at)
     looks = 0
     while load_atomic(at + 8 * DONE) < words[SLICES]:
@@ -64,42 +74,49 @@ def own_job(words, at):
 def help_jobs(words, at):
     """Take part in every job that is opened (an odd number) until there is none for LOOKS looks; as `_take_slices`."""
     seen, looks = 0, 0
-    while looks < LOOKS:
+    while True:
         now = load_atomic(at + 8 * OPENED)
         if now % 2 == 1 and now != seen:
+            if looks == LOOKS:
+                add_atomic(at + 8 * AWAKE, 1)
             add_atomic(at + 8 * INSIDE, 1)
             if load_atomic(at + 8 * OPENED) == now:
                 _take_slices(words, at)
             add_atomic(at + 8 * INSIDE, -1)
             seen, looks = now, 0
-        looks += 1
-        if looks > SPINS:
-            call(words[YIELD], ())
+        elif looks == LOOKS:  # it was said already
+            return
+        else:
+            looks += 1
+            if looks > SPINS:
+                call(words[YIELD], ())
+            if looks == LOOKS:
+                add_atomic(at + 8 * AWAKE, -1)
 
 
 @cache
-def _kernel(function):
-    return compile_kernel(function, types.void(types.int64[::1], types.intp))
+def _kernel(function, returns=types.void):
+    return compile_kernel(function, returns(types.int64[::1], types.intp))
 
 
 class _Job:
-    """The words of the jobs of one process with so many helpers, and the helpers that have begun."""
+    """The words of the jobs of one process with so many helpers, and the threads that help."""
 
     def __init__(self, helpers: int):
         self.words = np.zeros(WORDS, np.int64)
         self.words[YIELD] = yield_address()
         self.address = self.words.ctypes.data
         self.threads = ThreadPoolExecutor(helpers, thread_name_prefix="refllm-standing")
-        self.helpers: list[Future | None] = [None] * helpers
+        self.words[HELPERS] = helpers
+        self.open = _kernel(open_job, types.intp)
         self.own, self.help = _kernel(own_job), partial(_kernel(help_jobs), self.words, self.address)
 
     def run(self, function: int, arguments: tuple, rows: int, parts: tuple) -> None:
         """As `run_job`."""
         self.words[NEXT] = self.words[DONE] = 0
         self.words[JOB:] = function, *arguments, *parts, rows
-        for i, helper in enumerate(self.helpers):
-            if helper is None or helper.done():
-                self.helpers[i] = begin_on(self.threads, self.help)
+        for _ in range(self.open(self.words, self.address)):
+            begin_on(self.threads, self.help)
         self.own(self.words, self.address)
 
 

@@ -61,7 +61,7 @@ def over_rows(run: Callable[[int, int], object], rows: int, work: int, together:
 def division(rows: int, work: int, together: int = 1) -> tuple[int, int, int]:
     """How `over_rows` divides: threads, units of `together` rows, and slices of units."""
     units, worth = -(-rows // together), work // MINIMUM_WORK
-    threads = max(1, min(units, worth, thread_count()))
+    threads = 1 if min(units, worth) < 2 else min(units, worth, thread_count())
     return threads, units, 1 if threads == 1 else min(units, worth, SLICES * threads)
 
 

@@ -164,13 +164,11 @@ def tiles_of(weight) -> Tiles | None:
     """The tiles of a record, made once and kept as long as it lives; None if it has none."""
     if isinstance(weight, TwoLevel):
         weight = weight.flat
-    if weight not in _made:
-        form = form_of(weight)
-        if form is None:
-            return None
+    made = _made.get(weight)
+    if made is None and (form := form_of(weight)) is not None:
         make = {"bitmask": _tile_bitmask, "blocks": _tile_blocks, "vectors": _tile_vectors}.get(form.layout, _tile)
-        _made[weight] = make(weight, form)
-    return _made[weight]
+        made = _made[weight] = make(weight, form)
+    return made
 
 
 def _tile(weight, form: Form) -> Tiles:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from refllm.formats.bits import pack_bits
 from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m
-from refllm.kernels.packed import backend, matmul, reference, rows
+from refllm.kernels.packed import ACTIVATIONS, backend, matmul, matmul_each, reference, rows, threads
 from refllm.kernels.packed.activations import dequantize_activations, quantize_activations
 from refllm.kernels.packed.records import IntWeight, LowRank, Rotated, Sparse24, Sum
-from tests.strategies import activation_row, gamma, weight_row
+from tests.strategies import PROPERTY, activation_row, gamma, weight_row
 from tests.unit.kernels.packed.test_records import coded, int_weight, one_of_each, same_rows
 
 W = np.stack([weight_row("normal", 32, seed) for seed in range(6)])
+EACH = {**one_of_each(), "dense": W}
 X = np.stack([activation_row(kind, 32, 7) for kind in ("normal", "alternating", "one hot", "zero")])
 
 
@@ -58,6 +59,33 @@ def test_int8_activations_equal_rounded_activations(kernels, name):
     x = dequantize_activations(codes, scale) if coded(name) else X
     exact = x.astype(np.float64) @ weight.dense().astype(np.float64).T
     assert (np.abs(y - exact) <= gamma(80) * (np.abs(x) @ np.abs(weight.dense()).T)).all()
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 4])
+@given(names=st.lists(st.sampled_from(list(EACH)), max_size=6), count=st.integers(1, 3))
+@PROPERTY
+def test_several_weights_at_once_equal_one_after_another(activations, tokens, names, count):
+    x, weights = np.resize(X, (tokens, 32)), [EACH[name] for name in names]
+    with pytest.MonkeyPatch.context() as patch:  # enough threads that slices begin in the middle of weights
+        patch.setattr(threads, "MINIMUM_WORK", 256)
+        patch.setenv("REFLLM_THREADS", str(count))
+        together = matmul_each(x, weights, activations)
+        alone = [matmul(x, weight, activations) for weight in weights]
+    assert len(together) == len(alone)
+    for y, expected in zip(together, alone, strict=True):
+        assert y.dtype == expected.dtype and np.array_equal(y, expected)
+
+
+def test_several_weights_at_once_with_the_text_and_leading_axes(kernels):
+    weights = [EACH[name] for name in ("gguf", "int asym", "gguf")]
+    for x in (X, X[0], X.reshape(2, 2, 32), X[:0], X.astype(np.float64)):
+        for y, weight in zip(matmul_each(x, weights, "int8"), weights, strict=True):
+            assert np.array_equal(y, matmul(x, weight, "int8"))
+    with pytest.raises(ValueError, match="weight with 32 columns"):
+        matmul_each(X[:, :16], weights)
+    with pytest.raises(ValueError, match="activations must be one of"):
+        matmul_each(X, weights, "int7")
 
 
 def test_lowrank_is_two_products(kernels):

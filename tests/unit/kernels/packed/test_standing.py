@@ -54,6 +54,25 @@ def test_a_helper_takes_part():
     assert threading.get_ident() in seen and len(seen) == 2
 
 
+def test_no_job_misses_a_helper_that_is_about_to_lie_down():
+    alone = []
+
+    def slowly(*arguments):
+        seen.add(threading.get_ident())
+        time.sleep(0.001)
+
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(slowly)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    for pause in np.linspace(0, 0.001, 200):  # a helper looks out for some 200 us
+        seen = set()
+        standing.run_job(address, (0,) * 7, 8, (8, 8, 1), 2)
+        alone.append(len(seen) < 2)
+        end = time.perf_counter() + pause
+        while time.perf_counter() < end:
+            pass
+    assert sum(alone) < 20  # none; on a busy machine a thread may be late
+
+
 def test_an_owner_does_not_go_on_while_somebody_may_read_the_job():
     own, rows = standing._Job(1), np.zeros(20, np.int64)
     own.words[standing.INSIDE] = 1  # a helper that is just about to look whether the job is open
