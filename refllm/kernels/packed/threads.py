@@ -6,13 +6,19 @@ Products from tiles, which may take less time than waking a thread, share helper
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
+from weakref import WeakKeyDictionary
 
 MINIMUM_WORK = 1 << 21  # weights per thread below which a hand-over (about 50 us) costs more than it saves
 SLICES = 8  # for each thread
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_known: WeakKeyDictionary[ThreadPoolExecutor, set[int]] = (
+    WeakKeyDictionary()
+)  # threads of each, by the system's numbers
 
 
 def thread_count() -> int:
@@ -71,33 +77,38 @@ def begin(tasks: Sequence[Callable[[], object]]) -> list[Future]:
 
 
 def begin_on(threads: ThreadPoolExecutor, task: Callable[[], object]) -> Future:
-    """Begin a task on one of these threads, beside the calling one."""
-    here = processor()
+    """Begin a task on one of these threads, beside the calling one.
 
-    def away():
-        leave(here)
+    Linux may wake a thread where the one runs that woke it, and leave both there for many milliseconds while another
+    processor has nothing to do. So nobody who may be woken is let onto this processor until he runs.
+    """
+    here, known = processor(), _known.setdefault(threads, set())
+    if here is None:
+        return threads.submit(task)
+    allowed = os.sched_getaffinity(0)  # of this thread
+    for thread in tuple(known):
+        _keep_to(thread, allowed - {here})
+
+    def elsewhere():
+        known.add(threading.get_native_id())
+        if processor() == here:  # the first time
+            _keep_to(0, allowed - {here})
+        _keep_to(0, allowed)
         return task()
 
-    return threads.submit(away)
+    return threads.submit(elsewhere)
+
+
+def _keep_to(thread: int, processors: set[int]) -> None:
+    """Let a thread (0: the calling one) run on these processors only, if there are any and the system lets us."""
+    if processors:
+        with suppress(OSError):
+            os.sched_setaffinity(thread, processors)
 
 
 def processor() -> int | None:
     """The number of the processor that the calling thread runs on; None where the system does not tell."""
     return None if _which is None else _which()
-
-
-def leave(number: int | None) -> None:
-    """Move the calling thread to another processor if it runs on this one.
-
-    Linux may wake a thread where the one runs that woke it, and leave both there for many milliseconds while another
-    processor has nothing to do.
-    """
-    if number is None or processor() != number:
-        return
-    allowed = os.sched_getaffinity(0)  # of this thread
-    if others := allowed - {number}:
-        os.sched_setaffinity(0, others)
-        os.sched_setaffinity(0, allowed)
 
 
 def _find_which():

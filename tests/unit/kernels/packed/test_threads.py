@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,41 +57,36 @@ def test_a_late_thread_is_not_waited_for(monkeypatch):
 
 
 @pytest.mark.skipif(threads.processor() is None, reason="the system does not tell the processor")
-def test_a_thread_leaves_a_processor_and_may_come_back(monkeypatch):
+def test_a_thread_is_woken_on_another_processor_and_may_go_everywhere_then():
     allowed = os.sched_getaffinity(0)
-    number = min(allowed)
-    try:
-        os.sched_setaffinity(0, {number})
-        assert threads.processor() == number
-        threads.leave(number)  # nowhere to go
-        assert threads.processor() == number and os.sched_getaffinity(0) == {number}
-    finally:
-        os.sched_setaffinity(0, allowed)
-    threads.leave(number)
-    threads.leave(None)
+    with ThreadPoolExecutor(1) as workers:
+        for _ in range(20):
+            seen = threads.begin_on(workers, lambda: (threads.processor(), os.sched_getaffinity(0)))
+            assert seen.result()[1] == allowed
     assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.skipif(threads.processor() is None, reason="the system does not tell the processor")
+def test_who_may_be_woken_is_kept_off_the_callers_processor(monkeypatch):
     moved = []
     monkeypatch.setattr(threads, "processor", lambda: 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda which: {3, 5, 6})
-    monkeypatch.setattr(os, "sched_setaffinity", lambda which, where: moved.append(where))
-    threads.leave(5)
-    threads.leave(3)
-    assert moved == [{5, 6}, {3, 5, 6}]
+    monkeypatch.setattr(os, "sched_setaffinity", lambda which, where: moved.append((which, where)))
+    with ThreadPoolExecutor(1) as workers:
+        worker = threads.begin_on(workers, threading.get_native_id).result()
+        assert moved == [(0, {5, 6}), (0, {3, 5, 6})]  # it was not known yet, and found itself beside the caller
+        moved.clear()
+        threads.begin_on(workers, threading.get_native_id).result()
+        assert moved == [(worker, {5, 6}), (0, {5, 6}), (0, {3, 5, 6})]
 
 
-def test_small_products_stay_on_the_calling_thread(monkeypatch):
-    monkeypatch.setenv("REFLLM_THREADS", "4")
-    calls = []
-    threads.over_rows(lambda first, last: calls.append((first, last)), 64, work=1000)
-    assert calls == [(0, 64)]
-
-
-def test_an_error_in_a_thread_is_raised(monkeypatch):
-    monkeypatch.setenv("REFLLM_THREADS", "2")
-
-    def run(first, last):
-        if first:
-            raise MemoryError("no room")
-
-    with pytest.raises(MemoryError, match="no room"):
-        threads.over_rows(run, 10, work=1 << 30)
+@pytest.mark.skipif(threads.processor() is None, reason="the system does not tell the processor")
+def test_one_processor_is_enough():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        with ThreadPoolExecutor(1) as workers:
+            for _ in range(2):
+                assert threads.begin_on(workers, lambda: os.sched_getaffinity(0)).result() == {min(allowed)}
+    finally:
+        os.sched_setaffinity(0, allowed)
