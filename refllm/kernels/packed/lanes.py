@@ -124,9 +124,25 @@ load_doubles = _loader(Doubles, Doubles.llvm)
 load_halves = _loader(Floats, ir.VectorType(I16, LANES), emit_half_to_float)
 load_signed = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.sitofp(v, Floats.llvm))
 load_unsigned = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(v, Floats.llvm))
+load_six = _loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.uitofp(b.lshr(v, constant(v.type, 2)), Floats.llvm))
 load_ue4m3 = _loader(
     Floats, ir.VectorType(I8, LANES), lambda b, v: emit_small_float(b, b.zext(v, Ints.llvm), 0, SMALL["UE4M3"])
 )
+
+
+@intrinsic
+def load_shared(typing, level, low, shift):
+    """A block's sixteen minimum levels: two bits at one address, four at the other, `shift` bits up (tiling.py)."""
+
+    def generate(context, b, sig, args):
+        level, low = (b.zext(emit_load(b, address, 0, ir.VectorType(I8, LANES)), Ints.llvm) for address in args[:2])
+        number = lambda value: constant(Ints.llvm, value)
+        low = b.and_(b.lshr(low, emit_splat(b, b.trunc(args[2], I32))), number(15))
+        return b.uitofp(b.or_(b.and_(b.shl(level, number(4)), number(48)), low), Floats.llvm)
+
+    return Floats(*[types.intp] * 3), generate
+
+
 splat_at = _loader(Floats, F32, lambda b, v: emit_splat(b, v))
 
 

@@ -317,7 +317,11 @@ def level_products(form: Form, part: int, n: int, begins: bool):
         def generate(context, b, sig, args):
             total, codes, x, begin, levels, shifts = args
             sums = _add_dots(b, form, quads, [codes], x, _begin(b, begin, n, begins))
-            level = b.sext(emit_load(b, levels, 0, ir.VectorType(I8, LANES)), Ints.llvm)
+            level = emit_load(b, levels, 0, ir.VectorType(I8, LANES))
+            if form.shared_levels:
+                level = b.lshr(b.zext(level, Ints.llvm), constant(Ints.llvm, 2))
+            else:
+                level = b.sext(level, Ints.llvm)
             sums = [_shifted(b, some, emit_load(b, shifts, 4 * i, I32)) for i, some in enumerate(sums)]
             return emit_join(b, kind, [b.add(b.extract_value(total, i), b.mul(level, sums[i])) for i in range(n)])
 
@@ -338,35 +342,47 @@ def _shifted(b: ir.IRBuilder, value: ir.Value, count: ir.Value) -> ir.Value:
 def super_block_product(form: Form, n: int):
     """A word for levels: top * total - bottom top * (sum over parts of minimum level * sum of x), as floats.
 
-    Its arguments are the total of level_products and the addresses of the super-block's tops, minimum levels and sums.
+    Its arguments are the total of level_products and the addresses of the super-block's tops, levels, minimum levels
+    and sums.
     """
     kind, groups = several(Floats, n), SUPER // BLOCK * form.parts
 
     @intrinsic
-    def scaled(typing, total, tops, levels, sums):
+    def scaled(typing, total, tops, levels, lowest, sums):
         def generate(context, b, sig, args):
-            total, tops, levels, sums = args
+            total, tops, levels, lowest, sums = args
             times_top = lambda whole, at: b.fmul(
                 b.sitofp(whole, Floats.llvm), emit_half_to_float(b, emit_load(b, tops, at, HALVES))
             )
             made = [times_top(b.extract_value(total, i), 0) for i in range(n)]
             if form.low == "levels":
-                minima = _minimum_sums(b, groups, levels, sums, n)
+                fours = [_minimum_levels(b, form, levels, lowest, w) for w in range(groups // 4)]
+                minima = _minimum_sums(b, fours, sums, n)
                 made = [b.fsub(x, times_top(y, 2 * LANES)) for x, y in zip(made, minima, strict=True)]
             return emit_join(b, kind, made)
 
-        return kind(total, types.intp, types.intp, types.intp), generate
+        return kind(total, *[types.intp] * 4), generate
 
     return scaled
 
 
-def _minimum_sums(b: ir.IRBuilder, groups: int, levels: ir.Value, sums: ir.Value, n: int) -> list[ir.Value]:
+def _minimum_levels(b: ir.IRBuilder, form: Form, levels: ir.Value, lowest: ir.Value, w: int) -> ir.Value:
+    """Minimum levels of groups 4 w to 4 w + 3, one of each, row by row."""
+    if form.shared_levels:
+        bits = lambda value, mask: b.and_(value, constant(Ints.llvm, mask))
+        few, low = emit_load(b, levels, 64 * w, Ints.llvm), emit_load(b, lowest, 0, Ints.llvm)
+        low, few = b.lshr(low, constant(Ints.llvm, 4 * w)), b.shl(few, constant(Ints.llvm, 4))
+        some = b.bitcast(b.or_(bits(few, 0x30303030), bits(low, 0x0F0F0F0F)), BYTES)
+    else:
+        some = emit_load(b, lowest, 64 * w, BYTES)
+    return shuffle(b, some, [LANES * c + r for r in range(LANES) for c in range(4)])
+
+
+def _minimum_sums(b: ir.IRBuilder, fours: list[ir.Value], sums: ir.Value, n: int) -> list[ir.Value]:
     """Sum over the groups of a super-block of level * 2^shift * sum of x, the latter as two bytes (split_words)."""
-    words, first = groups // 4, split_words(groups)
+    words, first = len(fours), split_words(4 * len(fours))
     high, low = ([constant(Ints.llvm, 0)] * n for _ in range(2))
-    for w in range(words):
-        some = emit_load(b, levels, 64 * w, BYTES)  # four groups of sixteen rows: one of each, row by row
-        some = shuffle(b, some, [LANES * c + r for r in range(LANES) for c in range(4)])
+    for w, some in enumerate(fours):
         for i in range(n):
             high[i] = _add_dot(b, dot_form(6), high[i], some, _four(b, sums, 4 * (n * (first + w) + i)))
             low[i] = _add_dot(b, dot_form(6), low[i], some, _four(b, sums, 4 * (n * (first + words + w) + i)))

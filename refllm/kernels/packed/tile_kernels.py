@@ -28,7 +28,9 @@ from refllm.kernels.packed.lanes import (
     load_floats,
     load_halves,
     load_powers,
+    load_shared,
     load_signed,
+    load_six,
     load_tokens,
     load_ue4m3,
     load_unsigned,
@@ -476,7 +478,8 @@ def _levels_text(form: Form, kind: int, n: int):
     sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
     low_levels = form.low == "levels"
     add_super = (_integer_super if integers else _float_super)(form, n)
-    streams = level_bytes, level_bytes if low_levels else 0, top_bytes
+    low_bytes = level_bytes // (2 if form.shared_levels else 1) if low_levels else 0
+    streams = level_bytes, low_bytes, top_bytes
     ask_levels, ask_lowest, ask_tops = (_ask_ahead(size, code_bytes, n) for size in streams)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
@@ -488,7 +491,7 @@ def _levels_text(form: Form, kind: int, n: int):
                 for panel in range(start, min(start + PANELS, panels)):
                     total = zeros(n)
                     code, top = codes + tile * supers * code_bytes, tops + tile * supers * top_bytes
-                    level, lowest = scale + tile * supers * level_bytes, low + tile * supers * level_bytes
+                    level, lowest = scale + tile * supers * level_bytes, low + tile * supers * low_bytes
                     at = panel * supers
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
                     for _ in range(supers):
@@ -497,7 +500,7 @@ def _levels_text(form: Form, kind: int, n: int):
                         ask_tops(top)
                         total = add_super(total, code, level, lowest, top, some, steps, sums)
                         code, top = code + code_bytes, top + top_bytes
-                        level, lowest = level + level_bytes, lowest + level_bytes
+                        level, lowest = level + level_bytes, lowest + low_bytes
                         some, steps, sums = some + x_bytes, steps + step_bytes, sums + sum_bytes
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
 
@@ -511,23 +514,27 @@ def _float_super(form: Form, n: int):
         SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
     )  # fmt: skip
     add_first, add_second = (_products(form, FLOAT, n, part) for part in (0, form.parts - 1))
-    ask_codes = _ask_ahead(block_bytes, block_bytes, n)
+    ask_codes, shared = _ask_ahead(block_bytes, block_bytes, n), form.shared_levels
+
+    @jitable(forceinline=True)
+    def load_levels(level, lowest, block):
+        if shared:
+            return load_six(level), load_shared(level, lowest + ROWS * (block % 4), block // 4 * 4)
+        return load_signed(level), load_unsigned(lowest + levels * block) if low_levels else every(0)
 
     @jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):
         zero, table, d = every(offset), every(0), load_halves(top)
         dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
-        for _ in range(above):
+        for block in range(above):
             ask_codes(code)
             step = splats(steps, n)
-            s = times(d, load_signed(level))
-            m = times(dmin, load_unsigned(lowest)) if low_levels else s
-            total = add_first(total, code, x, step, sums, s, zero, m, table)
+            own, least = load_levels(level, lowest, block)
+            total = add_first(total, code, x, step, sums, times(d, own), zero, times(dmin, least), table)
             if two:
-                s = times(d, load_signed(level + ROWS))
-                m = times(dmin, load_unsigned(lowest + ROWS)) if low_levels else s
-                total = add_second(total, code, x, step, sums, s, zero, m, table)
-            code, level, lowest = code + block_bytes, level + levels, lowest + levels
+                own, least = load_levels(level + ROWS, lowest + ROWS, block)
+                total = add_second(total, code, x, step, sums, times(d, own), zero, times(dmin, least), table)
+            code, level = code + block_bytes, level + levels
             x, steps, sums = x + x_bytes, steps + step_bytes, sums + sum_bytes
         return total
 
@@ -544,7 +551,7 @@ def _integer_super(form: Form, n: int):
 
     @jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):
-        whole, begin, shift = whole_zeros(n), sums, sums + shifts_at
+        whole, begin, shift, first = whole_zeros(n), sums, sums + shifts_at, level
         for _ in range(above):
             ask_codes(code)
             whole = add_first(whole, code, x, begin + first_sums, level, shift)
@@ -552,7 +559,7 @@ def _integer_super(form: Form, n: int):
                 whole = add_second(whole, code, x, begin + second_sums, level + ROWS, shift)
             code, level, x = code + block_bytes, level + levels, x + x_bytes
             begin, shift = begin + sum_bytes, shift + shift_bytes
-        return plus(total, times(scaled(whole, top, lowest, sums), splats(steps, n)))
+        return plus(total, times(scaled(whole, top, first, lowest, sums), splats(steps, n)))
 
     return add_super
 

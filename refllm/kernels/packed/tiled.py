@@ -25,6 +25,7 @@ from refllm.kernels.packed.tiling import (
     ROWS,
     Form,
     Tiles,
+    share_levels,
     tile_codes,
     tile_floats,
     tile_numbers,
@@ -347,5 +348,7 @@ def _gguf_arrays(weight: GGUFBlocks, ids: slice, form: Form) -> tuple:
         sc = sc.astype(np.int8) - np.int8(32)
     names = ("d", "dmin") if form.low == "levels" else ("d",)
     tops = np.stack([tile_numbers(row(name)) for name in names], axis=2)
-    low = tile_numbers(level("mn")) if form.low == "levels" else None
-    return codes, tile_numbers(sc.astype(np.int8)), low, np.ascontiguousarray(tops), None
+    tops, low = np.ascontiguousarray(tops), tile_numbers(level("mn")) if form.low == "levels" else None
+    if form.shared_levels:
+        return codes, *share_levels(tile_numbers(sc), low), tops, None
+    return codes, tile_numbers(sc.astype(np.int8)), low, tops, None

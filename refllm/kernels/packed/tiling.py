@@ -15,6 +15,10 @@ Scales (and zero points or minima) follow in arrays of their own, sixteen rows s
     w = (top level) (code - zero)   levels: small integers under a float16 top for 256 columns (K-quants), and
         - bottom_top bottom_level   for some the same for what is subtracted
 
+A scale's level and a minimum's, of 6 bits each, take 12, as in the files: byte r of a block's sixteen has the scale's
+above the highest two bits of the minimum's. The other four lie in `low`, sixteen bytes for blocks b and b + 4 of a
+super-block, those of b + 4 above (`share_levels`).
+
 Codes that are not numbers themselves have a table (tables.py): w = scale table[code].
 
 Rows and columns that a weight does not have are filled up: with codes of any value, for the activations there are 0.
@@ -102,6 +106,11 @@ class Form:
         return 2 if self.low == "levels" else 1
 
     @property
+    def shared_levels(self) -> bool:
+        """Whether levels of 6 bits, of a scale and of a minimum, take 12 bits together."""
+        return self.low == "levels" and self.parts == 1
+
+    @property
     def key(self) -> str:
         """A name for file names."""
         key = f"{self.bits}_{self.scale}_{self.low}_{self.offset}_{self.parts}"
@@ -117,9 +126,9 @@ class Tiles:
     ----------
     form : Form
     codes : (tiles, blocks, block_bytes) uint8
-    scale : (tiles, groups, 16) float16 or float32; levels: int8; power and ue4m3: uint8; bitmask: see Form
+    scale : (tiles, groups, 16) float16 or float32; levels: int8, shared ones, power and ue4m3: uint8; bitmask: see Form
         Two groups a block where form.parts is 2.
-    low : the same for zero points (uint8) or minima (float16), or None
+    low : the same for zero points (uint8) or minima (float16); what is shared of levels, half as many; or None
     tops : (tiles, columns / 256, 1 or 2, 16) float16, or None
         Over the levels: the scale's, and the one of what is subtracted.
     shape : (out, in)
@@ -210,6 +219,19 @@ def tile_codes(codes: np.ndarray, bits: int) -> np.ndarray:
             made[:, :, start + v] = vector.reshape(tiles, blocks, -1)
         start, low = start + width, low + width
     return made.reshape(tiles, blocks, -1)
+
+
+def share_levels(sc: np.ndarray, mn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of scales and minima, (tiles, blocks, 16) uint8 below 64, as they lie: (tiles, blocks, 16), half as many.
+
+    Examples
+    --------
+    >>> sc, mn = np.full((1, 8, 16), 33, np.uint8), np.arange(8, dtype=np.uint8)[:, None].repeat(16, 1)[None] * 5
+    >>> [part[0, :, 0].tolist() for part in share_levels(sc, mn)]
+    [[132, 132, 132, 132, 133, 133, 133, 134], [64, 149, 234, 63]]
+    """
+    low = (mn & 15).reshape(len(mn), -1, 2, 4, ROWS)
+    return sc << 2 | mn >> 4, (low[:, :, 0] | low[:, :, 1] << 4).reshape(len(mn), -1, ROWS)
 
 
 def untile_codes(tiled: np.ndarray, bits: int, shape: tuple[int, int]) -> np.ndarray:

@@ -129,13 +129,18 @@ def decoded(tiles):
     by_row = lambda a: a.swapaxes(1, 2).reshape(padded[0], -1).astype(np.float32)
     wide = lambda a: np.repeat(by_row(a), padded[1] // a.shape[1], axis=1)
     zero = np.float32(form.offset) if form.low != "zero" else wide(tiles.low)
-    scale, low = wide(tiles.scale), 0
+    scale, lowest, low = tiles.scale, tiles.low, 0
+    if form.shared_levels:
+        b = np.arange(scale.shape[1])
+        four = lowest[:, b // 8 * 4 + b % 4] >> (b % 8 // 4 * 4)[:, None] & 15
+        scale, lowest = scale >> 2, (scale & 3) << 4 | four
+    scale = wide(scale)
     if form.scale == "levels":
         scale = wide(tiles.tops[:, :, 0]) * scale
     if form.low == "minimum":
-        low = wide(tiles.low)
+        low = wide(lowest)
     elif form.low == "levels":
-        low = -(wide(tiles.tops[:, :, 1]) * wide(tiles.low))
+        low = -(wide(tiles.tops[:, :, 1]) * wide(lowest))
     return (scale * (q - zero) + low)[:rows, :columns]
 
 
@@ -148,11 +153,13 @@ def test_gguf_tiles_hold_the_numbers_of_the_blocks(name, rows, count, seed):
     assert np.array_equal(decoded(tiles), weight.dense())
     assert tiles.shape == weight.shape and tiles.per == 1
     if tiles.form.scale == "levels":
-        assert tiles.scale.dtype == np.int8 and tiles.tops.shape[1:] == (
+        assert tiles.scale.dtype == (np.uint8 if tiles.form.shared_levels else np.int8) and tiles.tops.shape[1:] == (
             weight.columns // SUPER,
             tiles.tops.shape[2],
             ROWS,
         )
+    if rows == ROWS:  # a tile is full, and no larger than what the file has
+        assert tiles.nbytes <= weight.nbytes * (1 if name in ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K") else 1.25)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
