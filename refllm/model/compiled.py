@@ -29,6 +29,7 @@ FIELDS = tuple(name.split(".")[1] for name in LINEARS)  # their names in a layer
 TURNED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # those whose inputs may be turned
 EMBEDDING = "model.embed_tokens.weight"
 AHEAD = 128  # positions whose rotations are computed at once
+FORGET = 16  # tokens after which rows of the embedding are let go: with each, a system maps 64 KB of the file
 CHUNK = 576  # tokens of a prompt at once: their activations take a few megabytes
 
 
@@ -224,8 +225,8 @@ class Compiled:
             self._decode_row(int(ids[0]), int(ids[0]) + 1, hidden)
         else:
             hidden[:] = rows(embedding, ids)
-        if isinstance(embedding, GGUFBlocks):
-            forget_pages(embedding.data[min(ids) : max(ids) + 1])  # of a file: with every row come pages around it
+        if isinstance(embedding, GGUFBlocks) and (len(ids) > 1 or self.cache.length % FORGET == 0):
+            forget_pages(embedding.data)
         if self.model.config.embedding_scale != 1:
             hidden *= np.float32(self.model.config.embedding_scale)
 
