@@ -31,6 +31,7 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
 SLAB = 80 * TOKENS  # tokens laid out at a time
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of float32
+SLICES = 32  # of a job, for each thread: taking one costs a few nanoseconds
 PAGE = 4096  # bytes; what lies so far apart shares few places of a first-level cache
 
 
@@ -105,8 +106,9 @@ def _padded(x: np.ndarray, columns: int) -> np.ndarray:
 
 def over_tiles(product: int, arguments: tuple, tiles: int, work: int) -> None:
     """Call the product at an address on slices that together cover all tiles; `threads.over_rows` in compiled code."""
-    threads, units, slices = division(tiles, work, TILES)
-    if threads == 1 or not run_job(product, arguments, tiles, (slices, units, TILES), threads):
+    threads, units, _ = division(tiles, work, TILES)
+    parts = min(units, SLICES * threads), units, TILES
+    if threads == 1 or not run_job(product, arguments, tiles, parts, threads):
         _function(product)(*arguments, 0, tiles)
 
 
