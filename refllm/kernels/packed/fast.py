@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def _values(values, block: slice) -> np.ndarray:
 def matmul_float(x: np.ndarray, weight) -> np.ndarray:
     """reference.matmul_float for float32 x."""
     if tiled := _tiled(weight, 0):
-        return tile_matmul(x, *tiled)
+        return tile_matmul(x, *tiled[:2])
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for block, rows in decoded(weight):
         np.matmul(x, rows.T, out=y[:, block])
@@ -211,16 +212,23 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     """reference.matmul_rounded for float32 x. Without an integer product, floats are multiplied."""
     if tiled := _tiled(weight, bits):
-        return tile_matmul(x, *tiled)
+        return tile_matmul(x, *tiled[:2])
     return matmul_float(round_activations(x, activation_block(weight), bits), weight)
 
 
-def _tiled(weight, bits: int) -> tuple[Tiles, int] | None:
-    """The tiles that a product with activations of so many bits (0: float32) takes, and the kind of activations."""
-    tiles = tiles_of(weight)
-    if not tiles or not bits:
-        return (tiles, FLOAT) if tiles else None
-    return (tiles, rounded_kind(activation_block(weight), bits)) if tiles.form.has_integers else None
+_ways: WeakKeyDictionary = WeakKeyDictionary()  # record -> bits -> what _tiled finds
+
+
+def _tiled(weight, bits: int) -> tuple[Tiles, int, int] | None:
+    """The tiles that a product with activations of so many bits (0: float32) takes, their kind and laid_kind."""
+    ways = _ways.get(weight)
+    if ways is None:
+        ways = _ways[weight] = {}
+    if bits not in ways:
+        tiles, kind = tiles_of(weight), rounded_kind(activation_block(weight), bits) if bits else FLOAT
+        fits = tiles is not None and (kind == FLOAT or tiles.form.has_integers)
+        ways[bits] = (tiles, kind, laid_kind(tiles.form, kind)) if fits else None
+    return ways[bits]
 
 
 def shared_products(x: np.ndarray, records: Sequence[tuple]) -> list[np.ndarray | None]:
@@ -240,8 +248,8 @@ def shared_products(x: np.ndarray, records: Sequence[tuple]) -> list[np.ndarray 
     found, alike = [None] * len(records), {}
     for i, (record, bits) in enumerate(records):
         if tiled := _tiled(record, bits):
-            tiles, kind = tiled
-            alike.setdefault((kind, laid_kind(tiles.form, kind), tiles.blocks), []).append((i, tiles))
+            tiles, *how = tiled
+            alike.setdefault((*how, tiles.blocks), []).append((i, tiles))
     for (kind, *_), members in alike.items():
         numbers, tiles = zip(*members, strict=True)
         for i, y in zip(numbers, tile_products(x, tiles, kind), strict=True):

@@ -156,7 +156,7 @@ def _code_form(weight: CodeWeight) -> Form | None:
 
 
 SHARED = 32 << 20  # bytes that small arrays are cut from
-LINE = 64  # of a cache
+LINE, LARGE_PAGE = 64, 2 << 20  # bytes, of a cache and of memory
 _shared, _sharing = np.empty(0, np.uint8), threading.Lock()
 _made: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -198,18 +198,24 @@ def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array; small ones are cut from a large one that they share.
 
     NumPy asks for large pages for arrays of 4 MB and more. Within 4 KB pages the processor reads ahead no further than
-    to the end of each, and a model of many small weights comes from memory a fifth more slowly.
+    to the end of each, and a model of many small weights comes from memory a fifth more slowly. So arrays begin where a
+    large page does.
     """
     global _shared
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes > SHARED // 4:
-        return np.empty(shape, dtype)
+        return _large(nbytes).view(dtype).reshape(shape)
     with _sharing:
         if nbytes > _shared.size:
-            fresh = np.empty(SHARED + LINE, np.uint8)
-            _shared = fresh[-fresh.ctypes.data % LINE :]
+            _shared = _large(SHARED)
         mine, _shared = _shared[:nbytes], _shared[-(-nbytes // LINE) * LINE :]
     return mine.view(dtype).reshape(shape)
+
+
+def _large(nbytes: int) -> np.ndarray:
+    """So many bytes that begin with a large page."""
+    room = np.empty(nbytes + LARGE_PAGE, np.uint8)
+    return room[-room.ctypes.data % LARGE_PAGE :][:nbytes]
 
 
 def _row_parts(shape: tuple[int, int]) -> list[slice]:
