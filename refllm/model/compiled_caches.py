@@ -67,6 +67,7 @@ class CodedCache:
         from refllm.kernels.packed.kv_attention import WORDS
 
         self.stores, self.room = stores, -1  # one more than the last position; none yet
+        self._moves = -1  # of the first store's arrays when all addresses were asked for
         self._none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
         self._windows = [config.window(layer) for layer in range(config.num_layers)]
         self._bytes = 4 * config.head_dim  # of a token's key
@@ -86,12 +87,18 @@ class CodedCache:
             table[n] = coded_address(bits, group, n)
 
     def prepare(self, layers: np.ndarray, position: int, tokens: int) -> None:
-        """As in DenseCache; arrays grow and shrink at every step, so all addresses are new."""
-        column = self._column
+        """As in DenseCache. Arrays grow and shrink at every step, in all stores alike: the first one tells how far."""
+        column, one = self._column, self.stores[0]
         if self.room != position:
             for store in self.stores:
                 store.go_on(position, self._none)
-        self._table[:] = [store.coded_words(self._none) for store in self.stores]
+            self._moves = -1
+        words = one.coded_words(self._none)
+        if one.moves == self._moves:
+            self._table += np.array(words) - self._table[0]
+        else:
+            self._table[:] = [words, *(store.coded_words(self._none) for store in self.stores[1:])]
+            self._moves = one.moves
         column["start"][:] = [max(0, position + 1 - window) if window else 0 for window in self._windows]
         layers["coded"] = self._table.ctypes.data + self._table.strides[0] * np.arange(len(self.stores))
         for side, into, room in (("k", "keys", "room"), ("v", "values", "value_room")):

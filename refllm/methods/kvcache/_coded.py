@@ -221,6 +221,7 @@ class Growing:
     def __init__(self, axis: int):
         self.axis = axis
         self.count = 0
+        self.moves = 0  # how often the array has been another one
         self._start = 0
         self._buffer = None
 
@@ -251,6 +252,7 @@ class Growing:
         if self._buffer is None:
             self._buffer = np.empty(like.shape, like.dtype)
             self._where = self._buffer.ctypes.data
+            self.moves += 1
         if self._start + self.count + new > self._buffer.shape[self.axis]:
             self._move(max(2 * self.count, self.count + new, 16))
 
@@ -281,6 +283,7 @@ class Growing:
         shape[self.axis] = room
         self._buffer, self._start = np.empty(shape, old.dtype), 0
         self._where = self._buffer.ctypes.data
+        self.moves += 1
         self._part(0, self.count)[...] = old
 
 

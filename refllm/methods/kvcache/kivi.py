@@ -200,6 +200,12 @@ class KiviStore:
             counts += [packed.count, full.count + 1]
         return [*words, *counts, self.residual, 0]
 
+    @property
+    def moves(self) -> int:
+        """How often any of the arrays that `coded_words` gives addresses of has been another one."""
+        packed = (part for side in (self._k_packed, self._v_packed) for part in (side.codes, side.scale, side.minimum))
+        return sum(part.moves for part in (*packed, self._k_full, self._v_full))
+
     @staticmethod
     def claim_all(stores: list["KiviStore"]) -> None:
         """Count the token that a compiled step has written into every store of a cache, and code what has become due.
