@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary
 MINIMUM_WORK = 1 << 21  # weights per thread below which a hand-over (about 50 us) costs more than it saves
 SLICES = 8  # for each thread
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_known: WeakKeyDictionary[ThreadPoolExecutor, set[int]] = (
-    WeakKeyDictionary()
-)  # threads of each, by the system's numbers
+# Threads of each pool, by the system's numbers.
+_known: WeakKeyDictionary[ThreadPoolExecutor, set[int]] = WeakKeyDictionary()
 
 
 def thread_count() -> int:
