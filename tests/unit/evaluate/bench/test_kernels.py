@@ -106,14 +106,19 @@ def test_copies_share_no_memory():
 
 
 def test_a_turn_multiplies_by_every_copy(monkeypatch):
+    """One vector by all in one call, several tokens by each on its own."""
     from refllm.evaluate.bench import products
 
     calls = []
-    monkeypatch.setattr(products, "matmul", lambda x, weight, activations: calls.append(activations) or x)
-    task = Task(np.ones((4, 64), np.float32), np.ones((1, 64), np.float32), threads=1, share=1000)
-    product = refllm_product(task, "Q8_0", "int8")
-    product.run()
-    assert calls == ["int8"] * product.copies and product.copies == -(-1000 // (4 * 68))
+    monkeypatch.setattr(products, "matmul", lambda x, weight, activations: calls.append([weight]) or x)
+    monkeypatch.setattr(products, "matmul_each", lambda x, weights, activations: calls.append(weights) or [x])
+    for tokens, count in ((1, 4), (2, 3)):
+        calls.clear()
+        task = Task(np.ones((4, 64), np.float32), np.ones((tokens, 64), np.float32), threads=1, share=1000)
+        product = refllm_product(task, "Q8_0", "int8")
+        product.run()
+        assert [len(weights) for weights in calls] == ([count] if tokens == 1 else [1] * count)
+        assert len({id(weight) for weights in calls for weight in weights}) == product.copies == count
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "Q4_0"])
