@@ -380,13 +380,14 @@ def _minimum_levels(b: ir.IRBuilder, form: Form, levels: ir.Value, lowest: ir.Va
 
 def _minimum_sums(b: ir.IRBuilder, fours: list[ir.Value], sums: ir.Value, n: int) -> list[ir.Value]:
     """Sum over the groups of a super-block of level * 2^shift * sum of x, the latter as two bytes (split_words)."""
-    words, first = len(fours), split_words(4 * len(fours))
-    high, low = ([constant(Ints.llvm, 0)] * n for _ in range(2))
-    for w, some in enumerate(fours):
-        for i in range(n):
-            high[i] = _add_dot(b, dot_form(6), high[i], some, _four(b, sums, 4 * (n * (first + w) + i)))
-            low[i] = _add_dot(b, dot_form(6), low[i], some, _four(b, sums, 4 * (n * (first + words + w) + i)))
-    return [b.add(b.shl(x, constant(Ints.llvm, 8)), y) for x, y in zip(high, low, strict=True)]
+    words, first, minima = len(fours), split_words(4 * len(fours)), []
+    for i in range(n):  # token by token, or the sums of all of them need more registers than there are
+        high, low = constant(Ints.llvm, 0), constant(Ints.llvm, 0)
+        for w, some in enumerate(fours):
+            high = _add_dot(b, dot_form(6), high, some, _four(b, sums, 4 * (n * (first + w) + i)))
+            low = _add_dot(b, dot_form(6), low, some, _four(b, sums, 4 * (n * (first + words + w) + i)))
+        minima.append(b.add(b.shl(high, constant(Ints.llvm, 8)), low))
+    return minima
 
 
 def split_words(groups: int) -> int:

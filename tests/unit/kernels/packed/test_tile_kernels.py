@@ -467,4 +467,4 @@ def test_the_sums_of_a_super_block_stay_in_registers(name):
     text = assembly(form_of(gguf_blocks(name, 1, 1, 0)), TOKENS)
     dots = re.findall(r"vpdpbusd.*", text)
     assert len(dots) == (8 + 4) * TOKENS and all("{1to16}" in dot for dot in dots)  # 4 for the minima
-    assert len(re.findall(SPILL, text)) <= 2 * TOKENS + 2
+    assert len(re.findall(SPILL, text)) <= 3 * TOKENS // 2
