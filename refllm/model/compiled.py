@@ -188,7 +188,7 @@ class Compiled:
         self._make_attention(self._threads(1))
         self._embed(np.array([token]), self._x)
         arguments = self._sizes, self._numbers, self._layers, (self._head, self._buffers)
-        each = text.own_bytes(self._most, self.model.config.head_dim, self.stored.room)
+        each = text.own_bytes(self._most, self.model.config.head_dim, self.stored.room, self.stored.side)
         self._run(text.step_kernel(), arguments, each, (position,), 1)
         self._finish(position, 1)
         return self._logits[: self.model.config.vocab_size].copy()

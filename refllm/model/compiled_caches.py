@@ -23,6 +23,8 @@ def cache_kind(cache: KVCache):
 class DenseCache:
     """Keys and values in float32 arrays, which all stores fill alike: the first one tells for all."""
 
+    side = 0  # groups of codes side by side
+
     def __init__(self, stores: list, config: ModelConfig):
         self.stores = stores
         self._none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
@@ -67,6 +69,8 @@ class CodedCache:
         from refllm.kernels.packed.kv_attention import WORDS
 
         self.stores, self.room = stores, -1  # one more than the last position; none yet
+        _, group, residual = stores[0].packing
+        self.side = max(residual, config.head_dim) // group
         self._moves = -1  # of the first store's arrays when all addresses were asked for
         self._none = np.empty((1, config.num_kv_heads, 0, config.head_dim), np.float32)
         self._windows = [config.window(layer) for layer in range(config.num_layers)]

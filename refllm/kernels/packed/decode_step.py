@@ -286,12 +286,14 @@ def decode_step(thread, threads, sizes, numbers, layers, heads_and_buffers, own,
     _product(head.linear, normed, hidden, -1, buffers, laid, buffers.logits, thread, threads)
 
 
-def own_bytes(most: int, dim: int, room: int) -> int:
+def own_bytes(most: int, dim: int, room: int, side: int) -> int:
     """Bytes that each member needs: `most` columns at once (a multiple of 32), `room` tokens in the cache.
+
+    side : groups of codes side by side in the cache, 0 without codes.
 
     A normed vector, one laid out (numbers, scales, sums: 4 + 5 / 8 bytes a column), and what attention needs.
     """
-    return 9 * most + 8 * own_doubles(MOST, dim, room)
+    return 9 * most + 8 * own_doubles(MOST, dim, room, side)
 
 
 @cache

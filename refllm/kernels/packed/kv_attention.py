@@ -4,10 +4,12 @@
     values  codes of the channels of one token, a scale and a minimum for every G of them
     x = scale * code + minimum, and behind both some tokens in float32 (KIVI's layout: methods/kvcache/kivi)
 
-Tokens of a key channel that have one scale are unpacked with one multiply-add for sixteen of them, a token to a lane,
-and multiplied with every query head that shares the keys while they lie in registers; values likewise, sixteen
-channels at a time. Products of keys, and values of up to AGAIN tokens, are summed in float32, all else in float64. The
-NumPy text is attend over the dequantised arrays.
+Nothing is dequantised: a score is the sum over channels of (q * scale) * code, and of q * minimum, which is the same
+for all tokens of a group. So scales and minima meet the queries, once for a group, and codes are unpacked for sixteen
+tokens, a token to a lane, and multiplied with every query head that shares the keys while they lie in registers.
+Values likewise: scales and minima meet the shares of their tokens, and sixteen channels are taken at a time. The sums
+over channels, or over up to AGAIN tokens, are in float32, all else in float64. The NumPy text is attend over the
+dequantised arrays.
 
 A cache is a row of WORDS: addresses of packed codes, scales, minima and of what is in float32, for keys and values, and
 the bytes from head to head; then how many blocks and tokens there are.
@@ -22,19 +24,26 @@ from refllm.kernels.packed.compile import compile_address, compile_kernel, jitab
 from refllm.kernels.packed.lanes import (
     add_widened,
     codes_run,
+    double_grid,
+    every,
     fma,
+    in_order,
     load_double,
     load_float,
+    load_floats,
     load_half,
+    load_halves,
+    narrow,
     over_again,
+    pair,
     repeated,
-    splat,
-    splats,
+    splats_apart,
     store_double,
     store_float,
-    store_widened,
+    store_floats,
+    store_tokens,
+    times,
     word,
-    zeros,
 )
 from refllm.kernels.packed.team import call
 from refllm.kernels.packed.token_attention import (
@@ -82,91 +91,133 @@ _keys_of, _values_of = _side_loader("k"), _side_loader("v")
 _BLOCKS, _K_TAIL, _TOKENS, _V_TAIL, _RESIDUAL, _START = range(2 * len(_SIDE), len(WORDS))
 
 
-def _score_some(bits: int, n: int, vectors: int):
-    """packed_scores of `vectors` times sixteen tokens that share scales."""
-    sums = n * vectors
+def _sum_run(bits: int, n: int, vectors: int):
+    """add_block for `vectors` times sixteen codes of every row that share scales."""
 
     @jitable
-    def score_some(turned, dim, codes, code_bytes, scale, low, apart, scores, room):
-        """turned : (dim, n) float32, the scaled queries; codes, scale, low : of the first channel."""
-        total = zeros(sums)
-        for d in range(dim):
-            step, lowest = splat(load_half(scale + d * apart)), splat(load_half(low + d * apart))
-            keys = fma(codes_run(codes + d * code_bytes, bits, vectors), step, lowest)
-            total = fma(over_again(keys, n), repeated(splats(turned + 4 * n * d, n), vectors), total)
-        store_widened(scores, 8 * room, total, n)
+    def add_run(scaled, apart, step, count, codes, code_bytes, lows, lows_apart, out, stride):
+        """out[h] += low[h] + sum over i of scaled[h, i] * code i; numbers of a head `apart` bytes from the next's."""
+        total = repeated(splats_apart(lows, lows_apart, n), vectors)
+        for i in range(count):
+            some = codes_run(codes + i * code_bytes, bits, vectors)
+            total = fma(over_again(some, n), repeated(splats_apart(scaled + i * step, apart, n), vectors), total)
+        add_widened(out, stride, in_order(total, vectors), n)
 
-    return score_some
+    return add_run
 
 
-def _add_some(bits: int, n: int, vectors: int):
-    """packed_values of `vectors` times sixteen channels that share scales."""
-    sums_of = n * vectors
+@jitable
+def _pitch(count):
+    """Numbers from head to head, for `count` of each: whole vectors."""
+    return (count + SOME - 1) // SOME * SOME
+
+
+@jitable
+def _spread(x, room, n, count, side, out):
+    """out[h, i * side + g] = x[h, i] for all g < side: (n, _pitch) float32 from (n, room) float64.
+
+    By scalars for the odd part of `side`; then all are doubled as often as it takes, from the last to the first.
+    """
+    odd, pitch = side, _pitch(count * side)
+    while odd % 2 == 0:
+        odd //= 2
+    for h in range(n):
+        row, mine = x + 8 * room * h, out + 4 * pitch * h
+        if odd == 1:
+            for i in range(0, count, SOME):
+                store_floats(mine + 4 * i, narrow(double_grid(row + 8 * i, 0, 1, 2)))
+        else:
+            for i in range(count):
+                for g in range(odd):
+                    store_float(mine + 4 * (i * odd + g), np.float32(load_double(row + 8 * i)))
+        width = odd
+        while width < side:
+            for i in range((count * width - 1) // SOME * SOME, -1, -SOME):
+                some = load_floats(mine + 4 * i)
+                store_tokens(mine + 8 * i, 4 * SOME, in_order(pair(some, some), 2))
+            width *= 2
+
+
+def _fold_scales(n: int):
+    """Scales and minima of several groups side by side, for all heads."""
 
     @jitable
-    def add_some(shares, first, last, codes, code_bytes, scale, low, apart, sums, dim, c):
-        """shares : (last - first, n) float32; codes, scale, low : of token 0; sums : (n, dim) float64, from c on."""
-        total = zeros(sums_of)
-        for i in range(first, last):
-            step, lowest = splat(load_half(scale + i * apart)), splat(load_half(low + i * apart))
-            values = fma(codes_run(codes + i * code_bytes, bits, vectors), step, lowest)
-            total = fma(over_again(values, n), repeated(splats(shares + 4 * n * (i - first), n), vectors), total)
-        add_widened(sums + 8 * c, 8 * dim, total, n)
+    def fold(x, scale, low, count, side, scaled, ring, lows):
+        """scaled[h, f] = x[h, f] * scale[f]; lows[h, g] the sum of x[h, f] * low[f] over f = g, g + side, ...
 
-    return add_some
+        x, scaled : (n, _pitch) float32; scale, low : (count) float16; ring : room for (n, SOME * side) float32.
+        """
+        pitch = _pitch(count)
+        turn = side  # the least multiple of both sizes: then lane 0 belongs to group 0 again
+        while turn % SOME:
+            turn += side
+        for i in range(0, n * turn, SOME):
+            store_floats(ring + 4 * i, every(0))
+        whole, at = count // SOME * SOME, 0
+        for f in range(0, whole, SOME):
+            s, m = load_halves(scale + 2 * f), load_halves(low + 2 * f)
+            for h in range(n):
+                some, mine = load_floats(x + 4 * (h * pitch + f)), ring + 4 * (h * turn + at)
+                store_floats(mine, fma(some, m, load_floats(mine)))
+                store_floats(scaled + 4 * (h * pitch + f), times(some, s))
+            at = (at + SOME) % turn
+        for f in range(whole, count):
+            s, m = load_half(scale + 2 * f), load_half(low + 2 * f)
+            for h in range(n):
+                some, mine = load_float(x + 4 * (h * pitch + f)), ring + 4 * (h * turn + f % turn)
+                store_float(mine, load_float(mine) + some * m)
+                store_float(scaled + 4 * (h * pitch + f), some * s)
+        for h in range(n):
+            for g in range(side):
+                total = np.float32(0)
+                for i in range(g, turn, side):
+                    total += load_float(ring + 4 * (h * turn + i))
+                store_float(lows + 4 * (h * side + g), total)
+
+    return fold
 
 
 def _text(bits: int, group: int, n: int):
     """Attention of one token in n heads that share keys and values."""
     dot_keys, add_values = words(n)
     vectors = min(group // SOME, 8 // n)  # as many sums as the registers hold
-    score_several, score_one = _score_some(bits, n, vectors), _score_some(bits, n, 1)
-    add_several, add_one = _add_some(bits, n, vectors), _add_some(bits, n, 1)
-    whole = group // (SOME * vectors) * vectors * SOME  # tokens or channels of a group that are taken together
+    add_several, add_one, fold = _sum_run(bits, n, vectors), _sum_run(bits, n, 1), _fold_scales(n)
+    whole = group // (SOME * vectors) * vectors * SOME  # codes of a group that are taken together
 
     @jitable
-    def packed_scores(turned, dim, codes, scale, low, residual, blocks, scores, room):
-        """scores[h, i] (float64) of blocks * residual tokens."""
-        per_block, code_bytes = residual // group, residual * bits // 8
-        for g in range(blocks * per_block):
-            at = dim * (g // per_block) * per_block + g % per_block  # of the first channel's scale
-            code = codes + dim * (g // per_block) * code_bytes + g % per_block * group * bits // 8
-            s, m, apart, to = scale + 2 * at, low + 2 * at, 2 * per_block, scores + 8 * g * group
-            for t in range(0, whole, SOME * vectors):
-                score_several(turned, dim, code + bits * t // 8, code_bytes, s, m, apart, to + 8 * t, room)
-            for t in range(whole, group, SOME):
-                score_one(turned, dim, code + bits * t // 8, code_bytes, s, m, apart, to + 8 * t, room)
+    def add_block(x, scale, low, count, side, codes, code_bytes, out, stride):
+        """out[h, c] += sum over i of x[h, i] (scale[i, g] code[i, c] + low[i, g]), g = c // group < side.
 
-    @jitable
-    def packed_values(shares, room, dim, codes, scale, low, tokens, sums, some):
-        """sums[h] += sum over i of shares[h, i] * value i (float64); some : room for (AGAIN, n) float32."""
-        groups, code_bytes, columns = dim // group, dim * bits // 8, SOME * vectors
-        for first in range(0, tokens, AGAIN):
-            last = min(tokens, first + AGAIN)
-            for i in range(first, last):
-                for h in range(n):
-                    share = np.float32(load_double(shares + 8 * (room * h + i)))
-                    store_float(some + 4 * (n * (i - first) + h), share)
-            for g in range(groups):
-                for c in range(g * group, g * group + whole, columns):
-                    code, at = codes + c * bits // 8, 2 * g
-                    add_several(some, first, last, code, code_bytes, scale + at, low + at, 2 * groups, sums, dim, c)
-                for c in range(g * group + whole, (g + 1) * group, SOME):
-                    code, at = codes + c * bits // 8, 2 * g
-                    add_one(some, first, last, code, code_bytes, scale + at, low + at, 2 * groups, sums, dim, c)
+        x : as _spread leaves it, and room behind it (own_doubles); out : float64, `stride` bytes from head to head.
+        """
+        apart = 4 * _pitch(count * side)
+        scaled, lows = x + n * apart, x + 2 * n * apart
+        fold(x, scale, low, count * side, side, scaled, lows + 4 * n * side, lows)
+        for g in range(side):
+            some, of_low = scaled + 4 * g, lows + 4 * g
+            for c in range(g * group, g * group + whole, SOME * vectors):
+                code, to = codes + bits * c // 8, out + 8 * c
+                add_several(some, apart, 4 * side, count, code, code_bytes, of_low, 4 * side, to, stride)
+            for c in range(g * group + whole, (g + 1) * group, SOME):
+                code, to = codes + bits * c // 8, out + 8 * c
+                add_one(some, apart, 4 * side, count, code, code_bytes, of_low, 4 * side, to, stride)
 
     def attend_coded(queries, table, j, count, dim, own, out):
         scale, cap = load_double(own), load_double(own + 8)
-        room, start, packed = attention_room(count), word(table, _START), word(table, _BLOCKS) * word(table, _RESIDUAL)
+        residual, blocks, start = word(table, _RESIDUAL), word(table, _BLOCKS), word(table, _START)
+        room, packed = attention_room(count), blocks * residual
         wide = own + 8 * KNOBS
-        sums, turned, some = wide + 8 * n * dim, wide + 16 * n * dim, wide + 24 * n * dim
-        scores = some + 4 * n * AGAIN
-        for h in range(n):
-            for d in range(dim):
-                store_float(turned + 4 * (n * d + h), np.float32(scale) * load_float(queries + 4 * (dim * h + d)))
+        sums, scores = wide + 8 * n * dim, wide + 16 * n * dim
+        some = scores + 8 * n * room
         scale_up(queries, n * dim, scale, wide)
         codes, s, low, rest = _keys_of(table, j)
-        packed_scores(turned, dim, codes, s, low, word(table, _RESIDUAL), word(table, _BLOCKS), scores, room)
+        side, code_bytes = residual // group, bits * residual // 8
+        for h in range(n):
+            clear(scores + 8 * room * h, packed)
+        _spread(wide, dim, n, dim, side, some)
+        for b in range(blocks):
+            at, code, to = 2 * dim * side * b, codes + dim * code_bytes * b, scores + 8 * residual * b
+            add_block(some, s + at, low + at, dim, side, code, code_bytes, to, 8 * room)
         dot_keys(wide, rest, word(table, _K_TAIL), dim, scores + 8 * packed, room)
         clear(sums, n * dim)
         for h in range(n):  # the queries are not needed any more: their place takes the totals
@@ -174,8 +225,11 @@ def _text(bits: int, group: int, n: int):
             store_double(wide + 8 * h, soften(mine + 8 * start, count - start, cap))
             clear(mine, start)
         codes, s, low, rest = _values_of(table, j)
-        tokens = word(table, _TOKENS)
-        packed_values(scores, room, dim, codes, s, low, tokens, sums, some)
+        tokens, side, code_bytes = word(table, _TOKENS), dim // group, dim * bits // 8
+        for first in range(0, tokens, AGAIN):
+            together, at = min(AGAIN, tokens - first), 2 * side * first
+            _spread(scores + 8 * first, room, n, together, side, some)
+            add_block(some, s + at, low + at, together, side, codes + first * code_bytes, code_bytes, sums, 8 * dim)
         add_values(scores + 8 * tokens, room, rest, word(table, _V_TAIL), dim, sums)
         for h in range(n):
             finish(sums + 8 * dim * h, dim, load_double(wide + 8 * h), out + 4 * dim * h)
@@ -267,7 +321,7 @@ def attend_packed(
     found["residual"], found["start"] = residual, start
     table = np.array([found[name] for name in WORDS], np.int64)
     count, kv_heads = found["k_blocks"] * residual + found["k_tail"], len(keys[3])
-    own = np.empty(own_doubles(MOST, dim, count))
+    own = np.empty(own_doubles(MOST, dim, count, max(residual, dim) // group))
     kernels = kernel_table(bits, group, heads, heads // kv_heads)
     q, out = np.ascontiguousarray(q), np.empty((heads, dim), np.float32)
     addresses = kernels.ctypes.data, table.ctypes.data, q.ctypes.data

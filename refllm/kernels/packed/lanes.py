@@ -315,27 +315,41 @@ def load_half(typing, address):
 
 
 @intrinsic(prefer_literal=True)
-def load_codes(typing, address, bits):
-    """Sixteen consecutive codes of a bit stream (formats.bits), as floats: the 2 * bits bytes at an address."""
+def codes_run(typing, address, bits, n):
+    """n times sixteen consecutive codes of a bit stream (formats.bits) as floats: the 2 * bits * n bytes at an address.
+
+    Where n is even a lane takes two codes at once, as one of twice as many bits, so that half as many bytes are moved
+    to lanes: two vectors have every other code each, which `in_order` mends.
+    """
+    kind, width = several(Floats, n.literal_value), bits.literal_value
+    wide = width if n.literal_value % 2 else 2 * width
 
     def generate(context, b, sig, args):
-        codes = emit_columns(b, b.inttoptr(args[0], I8.as_pointer()), bits.literal_value)
-        return b.uitofp(codes, Floats.llvm)
+        made = []
+        for at in range(0, kind.n * width, wide):
+            place = b.inttoptr(b.add(args[0], ir.Constant(args[0].type, 2 * at)), I8.as_pointer())
+            codes = emit_columns(b, place, wide)
+            mask, up = constant(Ints.llvm, (1 << width) - 1), constant(Ints.llvm, width)
+            made += [codes] if wide == width else [b.and_(codes, mask), b.lshr(codes, up)]
+        return emit_join(b, kind, [b.uitofp(codes, Floats.llvm) for codes in made])
 
-    return Floats(types.intp, bits), generate
+    return kind(types.intp, bits, n), generate
 
 
 @intrinsic(prefer_literal=True)
-def codes_run(typing, address, bits, n):
-    """load_codes for n times sixteen consecutive codes."""
-    kind, step = several(Floats, n.literal_value), 2 * bits.literal_value
+def in_order(typing, values, n):
+    """Sums over what `codes_run` of this n gave, lane by lane in the order of the codes."""
 
     def generate(context, b, sig, args):
-        places = [b.add(args[0], ir.Constant(args[0].type, step * i)) for i in range(kind.n)]
-        some = [emit_columns(b, b.inttoptr(at, I8.as_pointer()), bits.literal_value) for at in places]
-        return emit_join(b, kind, [b.uitofp(codes, Floats.llvm) for codes in some])
+        parts = _split(b, values, args[0], values.n)
+        if n.literal_value % 2:
+            return args[0]
+        lanes = [i // 2 + i % 2 * LANES for i in range(2 * LANES)]
+        take = lambda x, y, order: b.shuffle_vector(x, y, ir.Constant(Ints.llvm, order))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return emit_join(b, values, [take(*xy, half) for xy in pairs for half in (lanes[:LANES], lanes[LANES:])])
 
-    return kind(types.intp, bits, n), generate
+    return values(values, n), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -349,16 +363,22 @@ def splats(typing, address, n):
     return kind(types.intp, n), generate
 
 
-@intrinsic(prefer_literal=True)
-def splats_apart(typing, address, stride, n):
-    """n doubles, `stride` bytes apart, each in every lane of its own vector."""
-    kind = several(Doubles, n.literal_value)
+def _splats_apart(vector: types.Type, element: ir.Type):
+    @intrinsic(prefer_literal=True)
+    def splats_of_rows(typing, address, stride, n):
+        """n numbers, `stride` bytes apart, each in every lane of its own vector."""
+        kind = several(vector, n.literal_value)
 
-    def generate(context, b, sig, args):
-        at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
-        return emit_join(b, kind, [emit_splat(b, emit_load(b, one, 0, F64), WIDE) for one in at])
+        def generate(context, b, sig, args):
+            at = [b.add(args[0], b.mul(args[1], ir.Constant(args[1].type, i))) for i in range(kind.n)]
+            return emit_join(b, kind, [emit_splat(b, emit_load(b, one, 0, element), vector.llvm.count) for one in at])
 
-    return kind(types.intp, types.intp, n), generate
+        return kind(types.intp, types.intp, n), generate
+
+    return splats_of_rows
+
+
+splats_apart, double_splats_apart = _splats_apart(Floats, F32), _splats_apart(Doubles, F64)
 
 
 def _zeros(vector: types.Type):

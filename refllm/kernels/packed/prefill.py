@@ -20,6 +20,7 @@ from refllm.kernels.packed.lanes import (
     WIDE,
     divide,
     double_grid,
+    double_splats_apart,
     exponential,
     fma,
     larger,
@@ -30,7 +31,6 @@ from refllm.kernels.packed.lanes import (
     numbered,
     plus,
     splat,
-    splats_apart,
     store_double,
     store_doubles,
     store_float,
@@ -59,7 +59,7 @@ def _scores(query, keys, count, dim, cap, out):
     for j in range(0, whole, SOME):
         total = wide_zeros(SOME)
         for c in range(dim):
-            some = splats_apart(keys + 8 * (dim * j + c), 8 * dim, SOME)
+            some = double_splats_apart(keys + 8 * (dim * j + c), 8 * dim, SOME)
             total = fma(load_doubles(query + 64 * c), some, total)
         store_grid(out + 64 * j, 64, total, SOME)
     for j in range(whole, count):
@@ -92,7 +92,7 @@ def _add_values(shares, values, count, dim, fade, out):
     for c in range(0, whole, SOME):
         total = times(double_grid(out + 64 * c, 64, SOME, 1), fade)
         for j in range(count):
-            total = fma(load_doubles(shares + 64 * j), splats_apart(values + 8 * (dim * j + c), 8, SOME), total)
+            total = fma(load_doubles(shares + 64 * j), double_splats_apart(values + 8 * (dim * j + c), 8, SOME), total)
         store_grid(out + 64 * c, 64, total, SOME)
     for c in range(whole, dim):
         one = times(load_doubles(out + 64 * c), fade)

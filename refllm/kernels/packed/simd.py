@@ -75,12 +75,12 @@ def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type) -> ir.Value:
 def emit_columns(b: ir.IRBuilder, pointer: ir.Value, width: int) -> ir.Value:
     """Sixteen consecutive codes of `width` bits, the 2 * width bytes at a pointer, one to a lane."""
     stored = load(b, pointer, ir.VectorType(I8, 2 * width))
-    first = [lane * width // 8 for lane in range(LANES)]
+    first, begins = zip(*(divmod(lane * width, 8) for lane in range(LANES)), strict=True)
     codes = b.zext(shuffle(b, stored, first), Ints.llvm)
-    if 8 % width:  # a code may reach into the next byte
-        following = b.zext(shuffle(b, stored, [min(byte + 1, 2 * width - 1) for byte in first]), Ints.llvm)
-        codes = b.or_(codes, b.shl(following, constant(Ints.llvm, 8)))
-    shifts = ir.Constant(Ints.llvm, [lane * width % 8 for lane in range(LANES)])
+    for further in range(1, -(-(max(begins) + width) // 8)):  # bytes that a code may reach into
+        following = b.zext(shuffle(b, stored, [min(byte + further, 2 * width - 1) for byte in first]), Ints.llvm)
+        codes = b.or_(codes, b.shl(following, constant(Ints.llvm, 8 * further)))
+    shifts = ir.Constant(Ints.llvm, begins)
     return b.and_(b.lshr(codes, shifts), constant(Ints.llvm, (1 << width) - 1))
 
 

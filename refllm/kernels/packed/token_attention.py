@@ -15,6 +15,7 @@ from refllm.kernels.packed.lanes import (
     WIDE,
     divide,
     double_grid,
+    double_splats_apart,
     exponential,
     float_grid,
     fma,
@@ -30,7 +31,6 @@ from refllm.kernels.packed.lanes import (
     plus,
     repeated,
     splat,
-    splats_apart,
     store_double,
     store_doubles,
     store_float,
@@ -120,7 +120,7 @@ def words(n: int):
             total = double_grid(sums + 8 * c, 8 * dim, n, columns)
             for i in range(first, last):
                 some = over_again(float_grid(values + 4 * (dim * i + c), 0, 1, columns), n)
-                total = fma(some, repeated(splats_apart(shares + 8 * i, 8 * room, n), columns), total)
+                total = fma(some, repeated(double_splats_apart(shares + 8 * i, 8 * room, n), columns), total)
             store_grid(sums + 8 * c, 8 * dim, total, n)
 
         return add_run
@@ -238,9 +238,11 @@ def needed(heads: int, per_group: int, threads: int) -> set[int]:
     return found
 
 
-def own_doubles(n: int, dim: int, count: int) -> int:
-    """Float64 numbers that attention of n heads over so many tokens needs, of codes or not.
+def own_doubles(n: int, dim: int, count: int, side: int = 0) -> int:
+    """Float64 numbers that attention of n heads over so many tokens needs.
 
-    Knobs, queries (twice), sums, scores, shares of some tokens as float32.
+    Knobs, queries, sums and scores. Of codes, up to `side` groups of a channel or a token side by side, besides:
+    queries or shares of some tokens, for every group, twice, and sixteen sums and one for each (kv_attention.py), all
+    of them float32.
     """
-    return KNOBS + n * (3 * dim + count + 2 * WIDE + AGAIN // 2)
+    return KNOBS + n * (2 * dim + count + 2 * WIDE) + n * side * (max(dim, AGAIN) + (LANES + 2) // 2)
