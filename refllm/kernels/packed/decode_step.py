@@ -18,28 +18,20 @@ import numpy as np
 from numba import types
 
 from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
-from refllm.kernels.packed.lanes import (
+from refllm.kernels.packed.lane_math import (
     divide,
-    every,
     exponential,
     fma,
     lane_sum,
-    load_float,
-    load_floats,
     minus,
     narrow,
     pair_sum,
     plus,
-    splat,
-    store_double,
-    store_float,
-    store_floats,
     times,
-    wide_every,
-    wide_zeros,
     widen,
-    word,
 )
+from refllm.kernels.packed.lane_memory import load_float, load_floats, store_double, store_float, store_floats, word
+from refllm.kernels.packed.lanes import every, splat, wide_every, wide_zeros
 from refllm.kernels.packed.plan import BUFFERS, HEAD, LAYER
 from refllm.kernels.packed.team import barrier, call, share
 from refllm.kernels.packed.tiling import BLOCK, ROWS

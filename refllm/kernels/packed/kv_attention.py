@@ -21,30 +21,24 @@ import numpy as np
 from numba import types
 
 from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
-from refllm.kernels.packed.lanes import (
+from refllm.kernels.packed.lane_math import fma, narrow, times
+from refllm.kernels.packed.lane_memory import (
     add_widened,
     codes_run,
     double_grid,
-    every,
-    fma,
-    in_order,
     load_double,
     load_float,
     load_floats,
     load_half,
     load_halves,
-    narrow,
-    over_again,
-    pair,
-    repeated,
     splats_apart,
     store_double,
     store_float,
     store_floats,
     store_tokens,
-    times,
     word,
 )
+from refllm.kernels.packed.lanes import every, in_order, over_again, pair, repeated
 from refllm.kernels.packed.team import call
 from refllm.kernels.packed.token_attention import (
     AGAIN,

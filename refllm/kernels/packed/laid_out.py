@@ -23,22 +23,16 @@ from numba import types
 
 from refllm.kernels.packed.activations import SHIFTS
 from refllm.kernels.packed.compile import compile_address, jitable
-from refllm.kernels.packed.lanes import (
-    divide,
-    every,
-    lane_sum,
-    larger_bits,
-    largest_of_bits,
+from refllm.kernels.packed.lane_math import divide, lane_sum, larger_bits, largest_of_bits, magnitude_bits, nearest
+from refllm.kernels.packed.lane_memory import (
     load_floats,
-    magnitude_bits,
-    nearest,
-    splat,
     store_codes,
     store_float,
     store_floats,
     store_split,
     store_whole,
 )
+from refllm.kernels.packed.lanes import every, splat
 from refllm.kernels.packed.products import split_words
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tiling import BLOCK, SUPER, Form

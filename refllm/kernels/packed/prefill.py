@@ -16,30 +16,19 @@ from numba import types
 from refllm.kernels.packed.compile import compile_kernel, jitable
 from refllm.kernels.packed.decode_step import activate, add, add_rows, clear_tail, copy, norm, records, rotate
 from refllm.kernels.packed.laid_out import TOKENS
-from refllm.kernels.packed.lanes import (
-    WIDE,
-    divide,
+from refllm.kernels.packed.lane_math import divide, exponential, fma, larger, minus, numbered, plus, times, where_below
+from refllm.kernels.packed.lane_memory import (
     double_grid,
     double_splats_apart,
-    exponential,
-    fma,
-    larger,
     load_double,
     load_doubles,
     load_float,
-    minus,
-    numbered,
-    plus,
-    splat,
     store_double,
     store_doubles,
     store_float,
     store_grid,
-    times,
-    where_below,
-    wide_every,
-    wide_zeros,
 )
+from refllm.kernels.packed.lanes import WIDE, splat, wide_every, wide_zeros
 from refllm.kernels.packed.plan import BUFFERS, LAYER
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.team import barrier, call, share

@@ -18,7 +18,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed import tables
-from refllm.kernels.packed.lanes import emit_fma, emit_join, emit_load, emit_splat, emit_together, several
+from refllm.kernels.packed.lane_math import emit_fma
+from refllm.kernels.packed.lane_memory import emit_load
+from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
 from refllm.kernels.packed.simd import (
     F32,
     I8,

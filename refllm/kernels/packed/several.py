@@ -10,7 +10,7 @@ from functools import cache
 from numba import types
 
 from refllm.kernels.packed.compile import compile_address
-from refllm.kernels.packed.lanes import word
+from refllm.kernels.packed.lane_memory import word
 from refllm.kernels.packed.team import call
 
 FIELDS = 5  # of a product: address of its kernel, of its weight and of its results, bytes from token to token, tiles

@@ -18,7 +18,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
-F32, I16, I32, I8 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(8)
+F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 F64 = ir.DoubleType()
 
 

@@ -21,10 +21,8 @@ from refllm.kernels.packed.laid_out import (
     TOKENS,
     begins,
 )
-from refllm.kernels.packed.lanes import (
-    every,
-    first_half,
-    fma,
+from refllm.kernels.packed.lane_math import fma, minus_product, plus, times
+from refllm.kernels.packed.lane_memory import (
     load_floats,
     load_halves,
     load_powers,
@@ -35,21 +33,13 @@ from refllm.kernels.packed.lanes import (
     load_ue4m3,
     load_unsigned,
     load_whole,
-    minus_product,
-    over_again,
-    pair,
-    plus,
     prefetch,
-    repeated,
     room,
-    second_half,
     splats,
     store_tokens,
-    times,
-    whole_zero,
     word,
-    zeros,
 )
+from refllm.kernels.packed.lanes import every, first_half, over_again, pair, repeated, second_half, whole_zero, zeros
 from refllm.kernels.packed.products import (
     as_floats,
     block_products,

@@ -11,37 +11,34 @@ import numpy as np
 from numba import types
 
 from refllm.kernels.packed.compile import compile_address, jitable
-from refllm.kernels.packed.lanes import (
-    WIDE,
+from refllm.kernels.packed.lane_math import (
     divide,
-    double_grid,
-    double_splats_apart,
     exponential,
-    float_grid,
     fma,
     lane_max,
     lane_sum,
     larger,
+    narrow,
+    plus,
+    times,
+    widen,
+)
+from refllm.kernels.packed.lane_memory import (
+    double_grid,
+    double_splats_apart,
+    float_grid,
     load_double,
     load_doubles,
     load_float,
     load_floats,
-    narrow,
-    over_again,
-    plus,
-    repeated,
-    splat,
     store_double,
     store_doubles,
     store_float,
     store_floats,
     store_grid,
     store_sums,
-    times,
-    wide_every,
-    wide_zeros,
-    widen,
 )
+from refllm.kernels.packed.lanes import WIDE, over_again, repeated, splat, wide_every, wide_zeros
 from refllm.kernels.packed.simd import LANES, target_features
 
 MOST = 4  # heads at once

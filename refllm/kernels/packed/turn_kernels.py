@@ -6,17 +6,9 @@ import numpy as np
 
 from refllm.kernels.hadamard import base_of
 from refllm.kernels.packed.compile import jitable
-from refllm.kernels.packed.lanes import (
-    every,
-    fma,
-    load_float,
-    load_floats,
-    plus,
-    splat,
-    store_float,
-    store_floats,
-    times,
-)
+from refllm.kernels.packed.lane_math import fma, plus, times
+from refllm.kernels.packed.lane_memory import load_float, load_floats, store_float, store_floats
+from refllm.kernels.packed.lanes import every, splat
 
 
 @cache

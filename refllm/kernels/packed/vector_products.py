@@ -14,7 +14,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed import tables
-from refllm.kernels.packed.lanes import emit_fma, emit_join, emit_load, emit_splat, emit_sum, emit_together, several
+from refllm.kernels.packed.lane_math import emit_fma, emit_sum
+from refllm.kernels.packed.lane_memory import emit_load
+from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
 from refllm.kernels.packed.simd import F32, I16, I32, Vector, constant, emit_half_to_float
 from refllm.kernels.packed.tiling import BLOCK, Form
 
