@@ -31,11 +31,10 @@ from refllm.kernels.packed.simd import (
     Ints,
     constant,
     emit_half_to_float,
-    emit_small_float,
     shuffle,
     target_features,
 )
-from refllm.kernels.packed.tiling import BLOCK, PLANES, ROWS, SUPER, Form
+from refllm.kernels.packed.tiling import BLOCK, PLANES, SUPER, Form
 
 BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
@@ -57,12 +56,12 @@ def dot_form(bits: int) -> str:
     return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
 
 
-def _quads(part: int, parts: int) -> range:
+def quads_of(part: int, parts: int) -> range:
     """The fours of columns in one of the equal parts of a block."""
     return range(QUADS // parts * part, QUADS // parts * (part + 1))
 
 
-def _bare_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range, start: int = 0) -> list[ir.Value]:
+def emit_bare_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range, start: int = 0) -> list[ir.Value]:
     """The codes of some fours of columns of a block as vectors of bytes: byte 4 r + c is column 4 quad + c of row r.
 
     A plane of w bits is w vectors; bits w s .. of vector v belong to the quad w s + v.
@@ -86,21 +85,21 @@ def _bare_quads(b: ir.IRBuilder, codes: ir.Value, bits: int, quads: range, start
     return [made[quad] for quad in quads]
 
 
-def _code_quads(b: ir.IRBuilder, codes: ir.Value, form: Form, quads: range) -> list[ir.Value]:
+def emit_code_quads(b: ir.IRBuilder, codes: ir.Value, form: Form, quads: range) -> list[ir.Value]:
     """The same with codes of whole numbers replaced by these, as bytes from 0 on."""
-    found = _bare_quads(b, codes, form.bits, quads)
+    found = emit_bare_quads(b, codes, form.bits, quads)
     if form.table not in tables.WHOLE:
         return found
     values, _ = tables.whole_bytes(form.table)
     return [_look_up_bytes(b, values, some) for some in found]
 
 
-def _in_parts(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
+def emit_parts(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     """A vector cut into vectors of `count` elements."""
     return [shuffle(b, value, list(range(i, i + count))) for i in range(0, value.type.count, count)]
 
 
-def _function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type):
+def emit_function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type):
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, of), name)
 
 
@@ -118,8 +117,8 @@ def _shuffle_bytes(b: ir.IRBuilder, instruction: tuple[str, int], table: ir.Valu
     """Byte i of the result is byte index[i] of the same sixteen bytes of the table; 64 bytes each."""
     name, count = instruction
     kind = ir.VectorType(I8, count)
-    call = _function(b, name, kind, kind, kind)
-    parts = zip(_in_parts(b, table, count), _in_parts(b, index, count), strict=True)
+    call = emit_function(b, name, kind, kind, kind)
+    parts = zip(emit_parts(b, table, count), emit_parts(b, index, count), strict=True)
     return emit_together(b, [b.call(call, part) for part in parts])
 
 
@@ -128,10 +127,10 @@ def _look_up_bytes(b: ir.IRBuilder, values: np.ndarray, index: ir.Value) -> ir.V
     if instruction := byte_shuffle():
         table = ir.Constant(BYTES, np.resize(np.resize(values, 16), 64).tolist())
         return _shuffle_bytes(b, instruction, table, index)
-    return _chosen(b, [constant(BYTES, int(value)) for value in values], index)
+    return emit_chosen(b, [constant(BYTES, int(value)) for value in values], index)
 
 
-def _chosen(b: ir.IRBuilder, choices: list[ir.Value], index: ir.Value) -> ir.Value:
+def emit_chosen(b: ir.IRBuilder, choices: list[ir.Value], index: ir.Value) -> ir.Value:
     """choices[index], element by element: halved by one bit of the index after another."""
     bit = 1
     while len(choices) > 1:
@@ -145,7 +144,7 @@ def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir
     """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
     if form == X86_BYTE_DOT:
         # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
-        call = _function(b, "llvm.x86.avx512.vpdpbusd.512", *[Ints.llvm] * 4)
+        call = emit_function(b, "llvm.x86.avx512.vpdpbusd.512", *[Ints.llvm] * 4)
         return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
     if form == X86_BYTE_PAIRS:
         return b.add(total, _dot_by_pairs(b, codes, x))
@@ -167,17 +166,17 @@ def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
     """The four byte products of every lane through 16-bit pairs, 256 bits at a time."""
     bytes_, shorts = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
     words = ir.VectorType(I32, LANES // 2)
-    pairs = _function(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
-    fours = _function(b, "llvm.x86.avx2.pmadd.wd", words, shorts, shorts)
-    halves = zip(_in_parts(b, codes, 2 * LANES), _in_parts(b, x, 2 * LANES), strict=True)
+    pairs = emit_function(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, bytes_, bytes_)
+    fours = emit_function(b, "llvm.x86.avx2.pmadd.wd", words, shorts, shorts)
+    halves = zip(emit_parts(b, codes, 2 * LANES), emit_parts(b, x, 2 * LANES), strict=True)
     return emit_together(b, [b.call(fours, [b.call(pairs, half), constant(shorts, 1)]) for half in halves])
 
 
 def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
     """_add_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
     words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
-    call = _function(b, f"llvm.aarch64.neon.{form}.v4i32.v16i8", words, words, bytes_, bytes_)
-    quarters = zip(_in_parts(b, total, 4), _in_parts(b, codes, 16), _in_parts(b, x, 16), strict=True)
+    call = emit_function(b, f"llvm.aarch64.neon.{form}.v4i32.v16i8", words, words, bytes_, bytes_)
+    quarters = zip(emit_parts(b, total, 4), emit_parts(b, codes, 16), emit_parts(b, x, 16), strict=True)
     return emit_together(b, [b.call(call, quarter) for quarter in quarters])
 
 
@@ -197,7 +196,7 @@ def _add_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Valu
         [[quad for quad in quads if quad % width == v] for v in range(width)] if len(codes) > 1 else [list(quads)]
     )
     for some in together:
-        of_tiles = [_code_quads(b, place, form, some) for place in codes]
+        of_tiles = [emit_code_quads(b, place, form, some) for place in codes]
         for number, quad in enumerate(some):
             for i in range(tokens):
                 four = _four(b, x, BLOCK * i + 4 * quad)
@@ -218,7 +217,7 @@ def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
     Its arguments are the address of the block's codes; that of n times 32 int8 numbers, one token after another; and
     that of n int32 numbers, with which the sums begin if `begins`.
     """
-    quads, kind = _quads(part, parts), several(Floats, n)
+    quads, kind = quads_of(part, parts), several(Floats, n)
 
     @intrinsic
     def sums_of_products(typing, codes, x, begin):
@@ -312,7 +311,7 @@ def level_products(form: Form, part: int, n: int, begins: bool):
     Its arguments are n totals, the three addresses of integer_products, those of sixteen levels and of n shifts. The
     total of a super-block stays below 2^30: 16 parts of 16 columns with codes to 32, levels to 128, shifts to 3 (Q6_K).
     """
-    quads, kind = _quads(part, form.parts), several(Ints, n)
+    quads, kind = quads_of(part, form.parts), several(Ints, n)
 
     @intrinsic
     def add_level_products(typing, total, codes, x, begin, levels, shifts):
@@ -337,7 +336,7 @@ def _shifted(b: ir.IRBuilder, value: ir.Value, count: ir.Value) -> ir.Value:
     counts = emit_splat(b, count)
     if "+avx512f" not in target_features():
         return b.shl(value, counts)
-    return b.call(_function(b, "llvm.x86.avx512.psllv.d.512", *[Ints.llvm] * 3), [value, counts])
+    return b.call(emit_function(b, "llvm.x86.avx512.psllv.d.512", *[Ints.llvm] * 3), [value, counts])
 
 
 @cache
@@ -403,76 +402,20 @@ def split_words(groups: int) -> int:
 
 
 @cache
-def float_products(form: Form, part: int, parts: int, n: int):
-    """A word: sums of number * x over a block or one half of it, in two sums that do not wait for each other.
-
-    Its arguments are the address of the block's codes; that of n times 32 floats; zero : Floats, whole numbers that are
-    subtracted from codes that are numbers; and the table: sixteen Floats, or the address of 256, or that of as many
-    Floats as there are codes, one lane a row, or anything.
-    """
-    quads, kind = _quads(part, parts), several(Floats, n)
-
-    activations = _picked_floats if form.layout == "pairs" else _repeated_floats
-
-    @intrinsic
-    def sums_of_products(typing, codes, x, zero, table):
-        def generate(context, b, sig, args):
-            codes, x, zero, table = args
-            sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(n)]
-            each = activations(b, form, codes, x, quads)
-            for quad, c, number in _numbers(b, form, codes, quads, zero, table):
-                for i in range(n):
-                    sums[i][c % 2] = emit_fma(b, number, each(i, quad, c), sums[i][c % 2])
-            return emit_join(b, kind, [b.fadd(*pair) for pair in sums])
-
-        return kind(types.intp, types.intp, zero, table), generate
-
-    return sums_of_products
-
-
-def _repeated_floats(b: ir.IRBuilder, form: Form, codes: ir.Value, x: ir.Value, quads: range):
-    """Activations beside codes: the number of token i in column 4 quad + c, in every lane."""
-    return lambda i, quad, c: emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + 4 * quad + c), F32))
-
-
-def _picked_floats(b: ir.IRBuilder, form: Form, codes: ir.Value, x: ir.Value, quads: range):
-    """Activations beside kept codes: each lane has that of its own column among the four that column c is one of."""
-    index = dict(zip(quads, _bare_quads(b, codes, 2, quads, form.code_bytes), strict=True))
-
-    def each(i, quad, c):
-        four = emit_load(b, x, 4 * (BLOCK * i + 8 * (quad % len(quads)) + 4 * (c // 2)), ir.VectorType(F32, 4))
-        return _pick(b, four, b.lshr(b.bitcast(index[quad], Ints.llvm), constant(Ints.llvm, 8 * c)))
-
-    return each
-
-
-def _pick(b: ir.IRBuilder, four: ir.Value, index: ir.Value) -> ir.Value:
-    """four[index & 3] in every lane."""
-    features = target_features()
-    if "+avx" not in features:
-        return _chosen(b, [shuffle(b, four, [k] * LANES) for k in range(4)], index)
-    name, count = ("avx512.vpermilvar.ps.512", 16) if "+avx512f" in features else ("avx.vpermilvar.ps.256", 8)
-    floats = ir.VectorType(F32, count)
-    permute = _function(b, f"llvm.x86.{name}", floats, floats, ir.VectorType(I32, count))
-    some = shuffle(b, four, list(range(4)) * (count // 4))
-    return emit_together(b, [b.call(permute, [some, part]) for part in _in_parts(b, index, count)])
-
-
-@cache
 def picked_products(form: Form, part: int, n: int):
     """A word for 2:4: sums of (code - zero) * x over the kept columns of a half of a block, as floats: exact.
 
     Its arguments are those of float_products, x of int8.
     """
-    quads, kind, dot = _quads(part, 2), several(Floats, n), dot_form(form.width)
+    quads, kind, dot = quads_of(part, 2), several(Floats, n), dot_form(form.width)
 
     @intrinsic
     def sums_of_products(typing, codes, x, zero):
         def generate(context, b, sig, args):
             codes, x, zero = args
             sums, of = ([constant(Ints.llvm, 0)] * n for _ in range(2))
-            index = _bare_quads(b, codes, 2, quads, form.code_bytes)
-            for place, (some, where) in enumerate(zip(_code_quads(b, codes, form, quads), index, strict=True)):
+            index = emit_bare_quads(b, codes, 2, quads, form.code_bytes)
+            for place, (some, where) in enumerate(zip(emit_code_quads(b, codes, form, quads), index, strict=True)):
                 for i in range(n):
                     picked = _pick_bytes(b, emit_load(b, x, BLOCK * i + 8 * place, ir.VectorType(I8, 8)), where)
                     sums[i] = _add_dot(b, dot, sums[i], some, picked)
@@ -486,131 +429,9 @@ def picked_products(form: Form, part: int, n: int):
     return sums_of_products
 
 
-@cache
-def kept_products(form: Form, n: int):
-    """A word for bitmasks: sums of value * x over a block, in two sums as float_products has them.
-
-    Its arguments are the addresses of the block's masks, of n times 32 floats and of the block's first value. Sixteen
-    values behind the last one must be readable.
-    """
-    kind = several(Floats, n)
-
-    @intrinsic
-    def sums_of_products(typing, masks, x, values):
-        def generate(context, b, sig, args):
-            masks, x, place = args
-            sums = [[constant(Floats.llvm, 0.0)] * 2 for _ in range(n)]
-            for column in range(BLOCK):
-                mask = emit_load(b, masks, 2 * column, I16)
-                number, place = _expand(b, form.table == tables.HALF, mask, place)
-                for i in range(n):
-                    each = emit_splat(b, emit_load(b, x, 4 * (BLOCK * i + column), F32))
-                    sums[i][column % 2] = emit_fma(b, number, each, sums[i][column % 2])
-            return emit_join(b, kind, [b.fadd(*pair) for pair in sums])
-
-        return kind(types.intp, types.intp, types.intp), generate
-
-    return sums_of_products
-
-
-def _expand(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Consecutive values in the lanes of a mask, zeros in the others; and the address behind them."""
-    stored, zero = (I16, 0) if half else (F32, 0.0)
-    widen = (lambda value: emit_half_to_float(b, value)) if half else lambda value: value
-    size = ir.Constant(place.type, 2 if half else 4)
-    if "+avx512f" in target_features():
-        count = b.call(_function(b, "llvm.ctpop.i16", I16, I16), [mask])
-        bits = b.bitcast(mask, ir.VectorType(ir.IntType(1), LANES))
-        call = _function(b, "llvm.x86.avx512.mask.expand.v16f32", Floats.llvm, Floats.llvm, Floats.llvm, bits.type)
-        numbers = widen(emit_load(b, place, 0, ir.VectorType(stored, LANES)))
-        number = b.call(call, [numbers, constant(Floats.llvm, 0.0), bits])
-        return number, b.add(place, b.mul(b.zext(count, place.type), size))
-    vector = constant(ir.VectorType(stored, LANES), zero)
-    for lane in range(LANES):
-        kept = b.trunc(b.lshr(mask, I16(lane)), ir.IntType(1))
-        value = b.select(kept, emit_load(b, place, 0, stored), stored(zero))
-        vector = b.insert_element(vector, value, I32(lane))
-        place = b.add(place, b.select(kept, size, ir.Constant(place.type, 0)))
-    return widen(vector), place
-
-
 def _pick_bytes(b: ir.IRBuilder, eight: ir.Value, index: ir.Value) -> ir.Value:
     """Of every four bytes of the index the first two name one of the first four of `eight`, the others of the last."""
     if instruction := byte_shuffle():
         table = shuffle(b, eight, list(range(8)) * 8)
         return _shuffle_bytes(b, instruction, table, b.or_(index, ir.Constant(BYTES, [0, 0, 4, 4] * LANES)))
-    return _chosen(b, [shuffle(b, eight, [k, k, 4 + k, 4 + k] * LANES) for k in range(4)], index)
-
-
-def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: ir.Value, table: ir.Value):
-    """The numbers of some fours of columns, a column of all rows at a time: (quad, c, Floats)."""
-    if form.table in (tables.HALF, tables.SINGLE):
-        stored = ir.VectorType(I16 if form.table == tables.HALF else F32, LANES)
-        for quad in quads:
-            for c in range(4):
-                number = emit_load(b, codes, form.bits // 8 * ROWS * (4 * quad + c), stored)
-                yield quad, c, emit_half_to_float(b, number) if form.table == tables.HALF else number
-        return
-    if form.table == tables.OF_ROWS:
-        choices = [emit_load(b, table, 4 * ROWS * code, Floats.llvm) for code in range(1 << form.bits)]
-    for quad, some in zip(quads, _code_quads(b, codes, form, quads), strict=True):
-        lanes = b.bitcast(some, Ints.llvm)
-        for c in range(4):
-            if form.table in tables.SMALL:
-                number = emit_small_float(b, lanes, c, tables.SMALL[form.table])
-            elif form.table == tables.SIXTEEN:
-                number = _look_up_sixteen(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)))
-            elif form.table == tables.MANY:
-                number = _look_up_many(b, table, b.lshr(lanes, constant(Ints.llvm, 8 * c)), 255)
-            elif form.table == tables.OF_ROWS:
-                number = _chosen(b, choices, b.lshr(lanes, constant(Ints.llvm, 8 * c)))
-            else:
-                number = _whole_number(b, lanes, c, form.width, zero)
-            yield quad, c, number
-
-
-def _whole_number(b: ir.IRBuilder, lanes: ir.Value, c: int, width: int, zero: ir.Value) -> ir.Value:
-    """code - zero of byte c of every lane.
-
-    A code q in the low mantissa bits of 2^23 makes the float 2^23 + q; one that sits k bits higher takes 2^(23-k). So
-    subtracting 2^(23-k) + zero, which is exact, gives q - zero with no conversion.
-    """
-    at = 8 * c
-    if at + width > 23:
-        lanes, at = b.lshr(lanes, constant(Ints.llvm, at)), 0
-    field = b.and_(lanes, constant(Ints.llvm, ((1 << width) - 1) << at))
-    number = b.bitcast(b.or_(field, constant(Ints.llvm, (127 + 23 - at) << 23)), Floats.llvm)
-    return b.fsub(number, b.fadd(zero, constant(Floats.llvm, 2.0 ** (23 - at))))
-
-
-def sixteen_in_registers() -> bool:
-    """Whether Numba's target looks floats up within a vector; else products take the table's address."""
-    return "+avx2" in target_features()
-
-
-def _look_up_sixteen(b: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
-    """table[index & 15] of sixteen floats."""
-    if not sixteen_in_registers():
-        return _look_up_many(b, table, index, 15)
-    if "+avx512f" in target_features():
-        return b.call(
-            _function(b, "llvm.x86.avx512.permvar.sf.512", Floats.llvm, Floats.llvm, Ints.llvm), [table, index]
-        )
-    eight, numbers = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
-    permute = _function(b, "llvm.x86.avx2.permps", eight, eight, numbers)
-    found = []
-    for some in _in_parts(b, index, 8):
-        low, high = (b.call(permute, [half, some]) for half in _in_parts(b, table, 8))
-        in_high = b.icmp_unsigned("!=", b.and_(some, constant(numbers, 8)), constant(numbers, 0))
-        found.append(b.select(in_high, high, low))
-    return emit_together(b, found)
-
-
-def _look_up_many(b: ir.IRBuilder, table: ir.Value, index: ir.Value, mask: int) -> ir.Value:
-    """The floats at an address by number, one lane after another."""
-    index = b.and_(index, constant(Ints.llvm, mask))
-    values = ir.Constant(Floats.llvm, ir.Undefined)
-    for lane in range(LANES):
-        offset = b.shl(b.zext(b.extract_element(index, I32(lane)), table.type), ir.Constant(table.type, 2))
-        values = b.insert_element(values, emit_load(b, b.add(table, offset), 0, F32), I32(lane))
-    return values
+    return emit_chosen(b, [shuffle(b, eight, [k, k, 4 + k, 4 + k] * LANES) for k in range(4)], index)

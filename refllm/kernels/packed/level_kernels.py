@@ -1,0 +1,114 @@
+"""Numba text of the tile products of K-quants: levels, small integer scales, under a float16 one for SUPER columns."""
+
+from refllm.kernels.packed.compile import jitable
+from refllm.kernels.packed.laid_out import FLOAT, SHIFTS_AT, SUPER_WORDS, begins
+from refllm.kernels.packed.lane_math import plus, times
+from refllm.kernels.packed.lane_memory import (
+    load_halves,
+    load_shared,
+    load_signed,
+    load_six,
+    load_unsigned,
+    splats,
+    store_tokens,
+    word,
+)
+from refllm.kernels.packed.lanes import every, zeros
+from refllm.kernels.packed.products import level_products, super_block_product, whole_zeros
+from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, part_products
+from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
+
+
+def levels_text(form: Form, kind: int, n: int):
+    """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
+    integers = kind != FLOAT
+    above = SUPER // BLOCK
+    code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
+    x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
+    sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
+    low_levels = form.low == "levels"
+    add_super = (_integer_super if integers else _float_super)(form, n)
+    low_bytes = level_bytes // (2 if form.shared_levels else 1) if low_levels else 0
+    streams = level_bytes, low_bytes, top_bytes
+    ask_levels, ask_lowest, ask_tops = (ask_ahead(size, code_bytes, n) for size in streams)
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
+        blocks = word(weight, 4)
+        supers = blocks // above
+        for start in range(0, panels, PANELS):
+            for tile in range(first, last):
+                for panel in range(start, min(start + PANELS, panels)):
+                    total = zeros(n)
+                    code, top = codes + tile * supers * code_bytes, tops + tile * supers * top_bytes
+                    level, lowest = scale + tile * supers * level_bytes, low + tile * supers * low_bytes
+                    at = panel * supers
+                    some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                    for _ in range(supers):
+                        ask_levels(level)
+                        ask_lowest(lowest)
+                        ask_tops(top)
+                        total = add_super(total, code, level, lowest, top, some, steps, sums)
+                        code, top = code + code_bytes, top + top_bytes
+                        level, lowest = level + level_bytes, lowest + low_bytes
+                        some, steps, sums = some + x_bytes, steps + step_bytes, sums + sum_bytes
+                    store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _float_super(form: Form, n: int):
+    """Adds the product of a super-block and float activations."""
+    low_levels, two, block_bytes = form.low == "levels", form.parts == 2, form.block_bytes
+    above, levels, offset, x_bytes, step_bytes, sum_bytes = (
+        SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
+    )  # fmt: skip
+    add_first, add_second = (part_products(form, FLOAT, n, part) for part in (0, form.parts - 1))
+    ask_codes, shared = ask_ahead(block_bytes, block_bytes, n), form.shared_levels
+
+    @jitable(forceinline=True)
+    def load_levels(level, lowest, block):
+        if shared:
+            return load_six(level), load_shared(level, lowest + ROWS * (block % 4), block // 4 * 4)
+        return load_signed(level), load_unsigned(lowest + levels * block) if low_levels else every(0)
+
+    @jitable(forceinline=True)
+    def add_super(total, code, level, lowest, top, x, steps, sums):
+        zero, table, d = every(offset), every(0), load_halves(top)
+        dmin = times(load_halves(top + 2 * ROWS), every(-1)) if low_levels else d
+        for block in range(above):
+            ask_codes(code)
+            step = splats(steps, n)
+            own, least = load_levels(level, lowest, block)
+            total = add_first(total, code, x, step, sums, times(d, own), zero, times(dmin, least), table)
+            if two:
+                own, least = load_levels(level + ROWS, lowest + ROWS, block)
+                total = add_second(total, code, x, step, sums, times(d, own), zero, times(dmin, least), table)
+            code, level = code + block_bytes, level + levels
+            x, steps, sums = x + x_bytes, steps + step_bytes, sums + sum_bytes
+        return total
+
+    return add_super
+
+
+def _integer_super(form: Form, n: int):
+    """Adds the product of a super-block and codes with one scale: the scale times whole numbers times float16 ones."""
+    above, levels, two, block_bytes = SUPER // BLOCK, ROWS * form.parts, form.parts == 2, form.block_bytes
+    x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
+    shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
+    add_first, add_second = (level_products(form, part, n, begins(form, True)) for part in (0, form.parts - 1))
+    scaled, ask_codes = super_block_product(form, n), ask_ahead(block_bytes, block_bytes, n)
+
+    @jitable(forceinline=True)
+    def add_super(total, code, level, lowest, top, x, steps, sums):
+        whole, begin, shift, first = whole_zeros(n), sums, sums + shifts_at, level
+        for _ in range(above):
+            ask_codes(code)
+            whole = add_first(whole, code, x, begin + first_sums, level, shift)
+            if two:
+                whole = add_second(whole, code, x, begin + second_sums, level + ROWS, shift)
+            code, level, x = code + block_bytes, level + levels, x + x_bytes
+            begin, shift = begin + sum_bytes, shift + shift_bytes
+        return plus(total, times(scaled(whole, top, first, lowest, sums), splats(steps, n)))
+
+    return add_super

@@ -1,0 +1,280 @@
+"""Parts of the tile products: what is added to the sums of some tokens by a run of consecutive blocks of a tile.
+
+Sums run block by block along a row in a fixed order, each row in its own lane.
+"""
+
+from refllm.kernels.packed.base import RUN
+from refllm.kernels.packed.compile import jitable
+from refllm.kernels.packed.float_products import float_products, sixteen_in_registers
+from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, TOKEN, TOKENS, begins
+from refllm.kernels.packed.lane_math import fma, minus_product, plus, times
+from refllm.kernels.packed.lane_memory import (
+    load_floats,
+    load_halves,
+    load_powers,
+    load_ue4m3,
+    load_unsigned,
+    prefetch,
+    room,
+    splats,
+    word,
+)
+from refllm.kernels.packed.lanes import every, over_again, pair, repeated, whole_zero
+from refllm.kernels.packed.products import (
+    as_floats,
+    block_products,
+    integer_products,
+    picked_products,
+    sum_words,
+    whole_zeros,
+)
+from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
+from refllm.kernels.packed.tiling import BLOCK, ROWS, Form
+
+# Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
+# page of 4096 bytes, so what lies in the next one is asked for.
+AHEAD = 4096
+PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
+SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
+SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
+
+
+def ask_ahead(stream_bytes: int, block_bytes: int, n: int):
+    """Asks for what will be read AHEAD bytes of codes later, of a stream of `stream_bytes` a block; for one token."""
+    away = AHEAD // block_bytes * stream_bytes if n == 1 else 0
+
+    @jitable
+    def ask_ahead(address):
+        if away:
+            for line in range(0, stream_bytes, 64):
+                prefetch(address + away + line)
+
+    return ask_ahead
+
+
+def part_products(form: Form, kind: int, n: int, part: int):
+    """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
+    if form.layout == "pairs":
+        return _picked_products(form, kind, n, part)
+    integers, stepped = kind != FLOAT, kind == BLOCKS
+    parts, minimum, own_zero = form.parts, form.low in ("minimum", "levels"), form.low == "zero"
+    at = 4 * n * (part + parts - 1)  # of the sums of this part
+    if integers:
+        products = integer_products(form, part, parts, n, begins(form, integers))
+    else:
+        products = float_products(form, part, parts, n)
+
+    @jitable(forceinline=True)  # or LLVM hands the sums over through memory
+    def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
+        of = splats(sums + at, n)
+        if integers:
+            p = products(codes, x, sums + at)
+            p = minus_product(p, zero, of) if own_zero else p
+            p = times(p, step) if stepped else p
+        else:
+            p = products(codes, x, zero, table)
+        total = fma(p, scale, total)
+        if minimum:
+            total = fma(lowest, times(of, step) if stepped else of, total)
+        return total
+
+    return add_products
+
+
+def _picked_products(form: Form, kind: int, n: int, part: int):
+    """The same for 2:4, where x is a block of activations and a half of a block of kept columns takes two of four."""
+    integers, stepped = kind != FLOAT, kind == BLOCKS
+    products = picked_products(form, part, n) if integers else float_products(form, part, 2, n)
+
+    @jitable(forceinline=True)
+    def add_products(total, codes, x, step, sums, scale, zero, lowest, table):
+        if integers:
+            p = products(codes, x, zero)
+            return fma(times(p, step) if stepped else p, scale, total)
+        total = fma(products(codes, x, zero, table), scale, total)
+        return fma(splats(sums, n), every(0), total)  # NaN if any of the activations is, picked or not
+
+    return add_products
+
+
+@jitable
+def _table_in_registers(weight, tile):
+    return load_floats(word(weight, 6))
+
+
+@jitable
+def _table_address(weight, tile):
+    return word(weight, 6)
+
+
+@jitable
+def _no_table(weight, tile):
+    return every(0)
+
+
+def table_loader(form: Form):
+    """What float_products takes as its table, from the table of addresses and the number of a tile."""
+    if form.table == OF_ROWS:
+        table_bytes = 4 * ROWS << form.bits
+
+        @jitable
+        def table_of_tile(weight, tile):
+            return word(weight, 6) + tile * table_bytes
+
+        return table_of_tile
+    if form.table == SIXTEEN and sixteen_in_registers():
+        return _table_in_registers
+    return _table_address if form.table in (SIXTEEN, MANY) else _no_table
+
+
+def group_bytes(form: Form) -> tuple[int, int]:
+    """Bytes from group to group of scales and of what is subtracted."""
+    return form.parts * ROWS * SCALES[form.scale][1], form.parts * ROWS * (2 if form.low == "minimum" else 1)
+
+
+def _group_loader(form: Form):
+    """Reads a group's scale, and what is subtracted."""
+    load_scale, (own_zero, minimum), offset = SCALES[form.scale][0], _lows(form), form.offset
+
+    @jitable(forceinline=True)
+    def load_group(scale, low):
+        s = load_scale(scale)
+        return s, load_unsigned(low) if own_zero else load_halves(low) if minimum else every(offset)
+
+    return load_group
+
+
+def _lows(form: Form) -> tuple[bool, bool]:
+    """Whether groups have a zero point, and whether they have a minimum."""
+    return form.low == "zero", form.low == "minimum"
+
+
+def run_of_blocks(form: Form, kind: int, n: int):
+    """Adds the products of consecutive blocks of a row of tiles.
+
+    Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
+    """
+    if is_summed(form, kind):
+        return run_of_sums(form, n, 1)
+    block_bytes, parts, pairs, wide = form.block_bytes, form.parts, form.layout == "pairs", wide_blocks(form)
+    group_scale, group_low = group_bytes(form)
+    two, scale_bytes, low_bytes, load_group = parts == 2, group_scale // parts, group_low // parts, _group_loader(form)
+    minimum, offset = form.low == "minimum", form.offset
+    x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
+    add_first, add_second = (part_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
+    streams = block_bytes, group_scale, group_low if any(_lows(form)) else 0
+    ask_codes, ask_scale, ask_low = (ask_ahead(size, block_bytes, n) for size in streams)
+
+    @jitable(forceinline=True)
+    def add_run(total, groups, per, left, code, scale, low, x, steps, sums, table):
+        """Adds `groups` times `per` blocks, of 2:4 as far as `left` blocks of activations reach.
+
+        Addresses: codes, scales and lows; activations, their steps and sums.
+        """
+        for _ in range(groups):
+            s, m = load_group(scale, low)
+            ask_scale(scale)
+            ask_low(low)
+            for _ in range(per):
+                ask_codes(code)
+                step = splats(steps, n)
+                zero = every(offset) if minimum else m
+                total = add_first(total, code, x, step, sums, s, zero, m, table)
+                if two:
+                    s, m = load_group(scale + scale_bytes, low + low_bytes)
+                    zero = every(offset) if minimum else m
+                if pairs:
+                    left -= 2
+                    if left >= 0:
+                        x, step, sums = x + x_bytes, splats(steps + step_bytes, n), sums + sum_bytes
+                        total = add_second(total, code, x, step, sums, s, zero, m, table)
+                elif two:
+                    total = add_second(total, code, x, step, sums, s, zero, m, table)
+                code += block_bytes
+                x += x_bytes
+                steps += wide * step_bytes
+                sums += sum_bytes
+            scale += group_scale
+            low += group_low
+        return total
+
+    return add_run
+
+
+def wide_blocks(form: Form) -> int:
+    """Blocks of activations beside one of codes."""
+    return 2 if form.layout == "pairs" else 1
+
+
+def is_summed(form: Form, kind: int) -> bool:
+    """Whether integers are summed over SUMMED blocks before a scale meets them."""
+    return kind == TOKEN and form.layout in ("", "blocks") and form.parts == 1
+
+
+def run_of_sums(form: Form, n: int, tiles: int):
+    """run_of_blocks beside a scale per token: of `tiles` tiles, with n / tiles tokens each.
+
+    SUMMED blocks under one scale are summed in integers.
+    """
+    block_bytes, tokens, load_group, (group_scale, group_low) = (
+        form.block_bytes, n // tiles, _group_loader(form), group_bytes(form),
+    )  # fmt: skip
+    x_bytes, sum_bytes, from_zero, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, begins(form, True), _lows(form)
+    low_read = group_low if own_zero or minimum else 0
+    add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, low_read)
+    add_sums, store_sums_of_x = sum_words(tokens, from_zero)
+    ask_codes, ask_scale, ask_low = (ask_ahead(size, block_bytes, n) for size in streams)
+    needs_sums, two = own_zero or minimum or from_zero, tiles == 2
+
+    @jitable
+    def nothing():
+        return whole_zero() if from_zero else every(0)
+
+    @jitable
+    def load_one(scale, low, scale_beside, low_beside):
+        return load_group(scale, low)
+
+    @jitable
+    def load_two(scale, low, scale_beside, low_beside):
+        s, m = load_group(scale, low)
+        other, lower = load_group(scale + scale_beside, low + low_beside)
+        return repeated(pair(s, other), tokens), repeated(pair(m, lower), tokens)
+
+    load_groups = load_two if two else load_one
+
+    @jitable(forceinline=True)
+    def add_run(total, groups, per, beside, code, scale, low, x, steps, sums, table):
+        """Adds `groups` times `per` blocks. beside : of two tiles, blocks and groups from the one to the other."""
+        code_beside, scale_beside, low_beside = 0, 0, 0
+        if two:
+            code_beside, scale_beside, low_beside = (
+                beside[0] * block_bytes,
+                beside[1] * group_scale,
+                beside[1] * group_low,
+            )
+        place = room(1)
+        for _ in range(groups):
+            s, m = load_groups(scale, low, scale_beside, low_beside)
+            ask_scale(scale)
+            ask_low(low)
+            for done in range(0, per, SUMMED):
+                whole, of, left = whole_zeros(n), nothing(), min(SUMMED, per - done)
+                while True:  # at least once, or LLVM converts the sums at every turn
+                    ask_codes(code)
+                    whole = add_products(whole, code, code_beside, x)
+                    of = add_sums(of, sums) if needs_sums else of
+                    code, x, sums, left = code + block_bytes, x + x_bytes, sums + sum_bytes, left - 1
+                    if left <= 0:
+                        break
+                p = as_floats(whole)
+                if needs_sums:
+                    store_sums_of_x(place, of)
+                of_x = over_again(splats(place, tokens), tiles)
+                p = minus_product(p, m, of_x) if own_zero else plus(p, of_x) if from_zero else p
+                total = fma(p, s, total)
+                total = fma(m, of_x, total) if minimum else total
+            scale += group_scale
+            low += group_low
+        return total
+
+    return add_run
