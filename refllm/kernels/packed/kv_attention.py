@@ -154,7 +154,7 @@ def _fold_scales(n: int):
                 some, mine = load_floats(x + 4 * (h * pitch + f)), ring + 4 * (h * turn + at)
                 store_floats(mine, fma(some, m, load_floats(mine)))
                 store_floats(scaled + 4 * (h * pitch + f), times(some, s))
-            at = (at + SOME) % turn
+            at = at + SOME if at + SOME < turn else 0
         for f in range(whole, count):
             s, m = load_half(scale + 2 * f), load_half(low + 2 * f)
             for h in range(n):

@@ -233,12 +233,6 @@ class Growing:
         """The tokens held, without a copy."""
         return self._part(self._start, self._start + self.count)
 
-    @property
-    def after(self) -> np.ndarray:
-        """The place behind the last one, for which there must be room."""
-        end = self._start + self.count
-        return self._part(end, end + 1)
-
     def append(self, x: np.ndarray) -> None:
         """Add tokens at the end of the axis."""
         new = x.shape[self.axis]
@@ -253,8 +247,11 @@ class Growing:
             self._buffer = np.empty(like.shape, like.dtype)
             self._where = self._buffer.ctypes.data
             self.moves += 1
-        if self._start + self.count + new > self._buffer.shape[self.axis]:
+        if self._lacks(new):
             self._move(max(2 * self.count, self.count + new, 16))
+
+    def _lacks(self, new: int) -> bool:
+        return self._buffer is None or self._start + self.count + new > self._buffer.shape[self.axis]
 
     @property
     def address(self) -> int:
@@ -278,13 +275,43 @@ class Growing:
         self.count = min(self.count, count)
 
     def _move(self, room: int) -> None:
-        old = self.view
-        shape = list(old.shape)
+        shape = list(self._buffer.shape)
         shape[self.axis] = room
-        self._buffer, self._start = np.empty(shape, old.dtype), 0
-        self._where = self._buffer.ctypes.data
+        self._move_to(np.empty(shape, self._buffer.dtype))
+
+    def _move_to(self, buffer: np.ndarray) -> None:
+        """What lies behind the last one comes along: a step writes there before anybody counts it."""
+        kept = min(self._buffer.shape[self.axis] - self._start, buffer.shape[self.axis])
+        old = self._part(self._start, self._start + kept)
+        self._buffer, self._start = buffer, 0
+        self._where = buffer.ctypes.data
         self.moves += 1
-        self._part(0, self.count)[...] = old
+        self._part(0, kept)[...] = old
+
+    @staticmethod
+    def of_all(arrays: list["Growing"], begin: int, end: int) -> np.ndarray:
+        """Items begin <= i < end of arrays that are alike (one of each layer), (arrays, ...), without a copy.
+
+        For that they lie in one array; whoever grows alone has left it, and then all are brought back.
+        """
+        one = arrays[0]
+        whole = one._buffer.base
+        if whole is None or any(array._buffer.base is not whole for array in arrays):
+            whole = np.empty((len(arrays), *one._buffer.shape), one._buffer.dtype)
+            for array, mine in zip(arrays, whole, strict=True):
+                array._move_to(mine)
+        begin, end = one._start + begin, one._start + end
+        return whole[(..., slice(begin, end), *[slice(None)] * (-1 - one.axis))]
+
+    @staticmethod
+    def append_all(arrays: list["Growing"], x: np.ndarray) -> None:
+        """`append` x[i] to each of arrays that are alike."""
+        one, new = arrays[0], x.shape[arrays[0].axis]
+        for array, mine in zip(arrays, x, strict=True) if one._lacks(new) else ():
+            array.reserve(mine, new)
+        Growing.of_all(arrays, one.count, one.count + new)[...] = x
+        for array in arrays:
+            array.count += new
 
 
 def split_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:

@@ -217,20 +217,20 @@ class KiviStore:
         ValueError
             As `extend`, of numbers. No store has the token then.
         """
-        for name, side in (("key", "_k_full"), ("value", "_v_full")):
-            new = np.stack([getattr(store, side).after for store in stores])
-            stores[0]._check_numbers(name, new)
-        for store in stores:
-            store._k_full.count += 1
-            store._v_full.count += 1
+        one, keys, values = stores[0], [store._k_full for store in stores], [store._v_full for store in stores]
+        for name, full in (("key", keys), ("value", values)):
+            one._check_numbers(name, Growing.of_all(full, full[0].count, full[0].count + 1))
+        for store, key, value in zip(stores, keys, values, strict=True):
+            key.count += 1
+            value.count += 1
             store.length += 1
-        one = stores[0]
         if one.length - one._v_packed.count > one.residual:
-            groups = np.stack([split_axis(store._v_full.view[..., :1, :], -1, one.group_size) for store in stores])
-            parts = one._v_packed.encode(groups)
-            for store, *coded in zip(stores, *parts, strict=True):
-                store._v_packed.put(*coded)
-                store._v_full.drop(1)
+            coded = one._v_packed.encode(split_axis(Growing.of_all(values, 0, 1), -1, one.group_size))
+            packed = [store._v_packed for store in stores]
+            for name, part in zip(("codes", "scale", "minimum"), coded, strict=True):
+                Growing.append_all([getattr(side, name) for side in packed], part)
+            for value in values:
+                value.drop(1)
         if one.length % one.residual == 0:
             for store in stores:
                 store._quantize_until(store.length)
@@ -334,18 +334,13 @@ class _Packed:
 
     def append(self, groups: np.ndarray) -> None:
         """Quantise (..., groups, G) and store it."""
-        self.put(*self.encode(groups))
+        for grown, part in zip((self.codes, self.scale, self.minimum), self.encode(groups), strict=True):
+            grown.append(part)
 
     def encode(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Packed codes, scales and minima of (..., groups, G)."""
         codes, scale, minimum = quantize_groups(groups, self.bits)
         return pack_bits(codes.reshape(*codes.shape[:-2], -1), self.bits), scale, minimum
-
-    def put(self, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> None:
-        """Store what `encode` gave."""
-        self.codes.append(codes)
-        self.scale.append(scale)
-        self.minimum.append(minimum)
 
     def dequantized(self, dtype) -> np.ndarray:
         """(..., groups * G) of the given type."""
