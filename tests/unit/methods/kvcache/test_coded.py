@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refllm.methods.kvcache._coded import CodedStore
+from refllm.methods.kvcache._coded import CodedStore, Growing
 
 
 class Whole(CodedStore):
@@ -120,3 +120,49 @@ def test_negative_counts_and_changed_shapes_are_refused():
     feed(store, numbers(5))
     with pytest.raises(ValueError, match="must stay as in the first call"):
         store.extend(*numbers(1)[..., :2], np.array([5]))
+
+
+class Grown:
+    """Three `Growing` arrays that are alike, and what they should hold."""
+
+    def __init__(self, axis):
+        self.arrays, self.held = [Growing(axis) for _ in range(3)], np.empty((3, 2, 0, 4), np.float32)
+        self.next = 0.0
+
+    def new(self, count):
+        """Numbers that have not been met."""
+        self.next += 1
+        return self.next + np.random.default_rng(int(self.next)).random((3, 2, count, 4), np.float32)
+
+    def act(self, action, count):
+        if action == "together":
+            x = self.new(count)
+            Growing.append_all(self.arrays, x)
+        elif action == "alone":
+            x = self.new(count)
+            for array, mine in zip(self.arrays, x, strict=True):
+                array.append(mine)
+        elif action == "written":  # behind the last one first, as a compiled step does, and counted later
+            x = self.new(1)
+            for array, mine in zip(self.arrays, x, strict=True):
+                array.reserve(mine, 1)
+                array._part(array._start + array.count, array._start + array.count + 1)[...] = mine
+            found = Growing.of_all(self.arrays, self.arrays[0].count, self.arrays[0].count + 1)
+            assert (found == x).all()
+            for array in self.arrays:
+                array.count += 1
+        else:
+            count, x = min(count, self.held.shape[2]), self.new(0)
+            for array in self.arrays if count else ():
+                array.drop(count)
+            self.held = self.held[:, :, count:]
+        self.held = np.concatenate([self.held, x], axis=2)
+
+
+@given(actions=st.lists(st.tuples(st.sampled_from(["together", "alone", "written", "drop"]), st.integers(1, 40))))
+def test_arrays_that_are_alike_hold_together_what_each_would_alone(actions):
+    grown = Grown(axis=-2)
+    for action in actions:
+        grown.act(*action)
+        for array, held in zip(grown.arrays, grown.held, strict=True):
+            assert array.count == held.shape[1] and (array.count == 0 or (array.view == held).all())
