@@ -99,7 +99,8 @@ def emit_parts(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     return [shuffle(b, value, list(range(i, i + count))) for i in range(0, value.type.count, count)]
 
 
-def emit_function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type):
+def emit_function(b: ir.IRBuilder, name: str, kind: ir.Type, *of: ir.Type) -> ir.Function:
+    """LLVM's own function of this name, which takes values of the types `of` and gives one of type `kind`."""
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, of), name)
 
 
