@@ -27,6 +27,7 @@ BUGS = {
         "errors_stay_in_block": "LaterBlocks",
         "exact_scale": "ScaleRoundedFirst",
         "float16_always": "Float32Scale",
+        "float64_quotient": "FloatQuotient",
         "narrow_range": "FullRange",
         "one_sign_halved": "OneSign",
         "zero_scale_nan": "ZeroGroup",
@@ -121,7 +122,8 @@ def sweep(bug, params, w, U, order):
             grids[j // g] = fit(outer[:, j : j + g])
         scale, exact, zero = grids[group_of[j]]
         scale = (exact if bug == "exact_scale" else scale).astype(np.float64)
-        code = np.clip(np.rint(now[:, j] / scale) + zero, 0, 2 ** params["bits"] - 1)
+        quotient = (now[:, j] / scale).astype(np.float64 if bug == "float64_quotient" else np.float32)
+        code = np.clip(np.rint(quotient) + zero, 0, 2 ** params["bits"] - 1)
         codes[:, j] = np.nan_to_num(code)
         error = (now[:, j] - scale * (code - zero)) / U[j, j]
         end = (j // block + 1) * block if bug == "errors_stay_in_block" else columns

@@ -15,7 +15,9 @@ Grids of the published zoo, by their rule for scale and zero point; codes are st
     MinMaxGrid      the same with lo = min(x), hi = max(x), and hi - lo at least 1e-5
 
 The scale is rounded to the type it is stored in *before* the zero point and the codes are computed, so that encoding
-and decoding use the same number. In-range error is then at most scale / 2. rint is half to even.
+and decoding use the same number. In-range error is then at most scale / 2. rint is half to even, and every quotient is
+rounded to float32 before it. In a full-range group amax / scale is a tie but for the rounding of the scale; in float32
+most are to the bit, in float64 the last bit of the scale would decide. So float64 weights get float32's codes.
 
 Degenerate groups: an all-zero group takes the scale of a group with amax 1 (GPTQ's rule); a scale that would round to
 zero becomes the smallest number of its type; a scale beyond its type, NaN or Inf is a ValueError.
@@ -129,6 +131,12 @@ def _amax(W: np.ndarray, group_size: int) -> np.ndarray:
     return amax
 
 
+def _quotient(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """x / scale rounded to float32: a tie there is a tie for float64 weights, too."""
+    with np.errstate(over="ignore"):  # a quotient beyond the float range clips like any other
+        return (x / scale.astype(x.dtype)).astype(np.float32, copy=False)
+
+
 @dataclass(frozen=True)
 class _Grid:
     """What the grids share: encode and decode for any scale and zero point.
@@ -178,10 +186,9 @@ class _Grid:
         (out, in) uint8
         """
         W = checked_weight(W)
-        with np.errstate(over="ignore"):  # a quotient beyond the float range clips like any other
-            steps = grouped(W, self.group_size) / scale.astype(W.dtype)[..., None]
+        steps = _quotient(grouped(W, self.group_size), scale[..., None])
         codes = np.rint(steps, out=steps)
-        codes += self._zero(zero_point).astype(W.dtype)
+        codes += self._zero(zero_point).astype(np.float32)
         np.clip(codes, self.lowest, (1 << self.bits) - 1, out=codes)
         return codes.astype(np.uint8).reshape(W.shape)
 
@@ -320,7 +327,7 @@ class AffineGrid(_Grid):
         """
         levels = (1 << self.bits) - 1
         scale = _stored_scale(span / lo.dtype.type(levels), self.scale_dtype)
-        zero_point = np.clip(np.rint(-lo / scale.astype(lo.dtype)), 0, levels)
+        zero_point = np.clip(np.rint(_quotient(-lo, scale)), 0, levels)
         return scale, zero_point.astype(np.uint8)
 
 

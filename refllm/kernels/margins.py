@@ -34,7 +34,14 @@ class Margins:
     unsafe: int
 
 
-def margins(values: np.ndarray, errors: np.ndarray, low: float = -np.inf, high: float = np.inf) -> Margins:
+def margins(
+    values: np.ndarray,
+    errors: np.ndarray,
+    low: np.ndarray | float = -np.inf,
+    high: np.ndarray | float = np.inf,
+    *,
+    by_float32: bool = False,
+) -> Margins:
     """Distances of numbers from the halves between integers.
 
     Parameters
@@ -43,8 +50,11 @@ def margins(values: np.ndarray, errors: np.ndarray, low: float = -np.inf, high: 
         Before rounding, in steps.
     errors : float array that broadcasts to it
         What float64 may have changed them by, in steps.
-    low, high : float
+    low, high : float, or float arrays that broadcast to values
         Results are clipped to these integers: no boundary lies beyond them.
+    by_float32 : bool
+        Numbers are rounded to float32 first, as refllm.kernels.grids does: what becomes a half goes to its even
+        neighbour, whose boundary then lies half a float32 step beyond the half.
 
     Examples
     --------
@@ -52,6 +62,9 @@ def margins(values: np.ndarray, errors: np.ndarray, low: float = -np.inf, high: 
     Margins(decisions=3, closest=0.25, safety=0.8333333333333334, unsafe=1)
     """
     boundary = np.clip(np.floor(values) + 0.5, low + 0.5, high - 0.5)
+    if by_float32:
+        step = np.spacing(np.abs(boundary).astype(np.float32)).astype(np.float64)
+        boundary += np.where(np.floor(boundary) % 2 == 0, step, -step) / 2
     distance = np.abs(values - boundary)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(distance > 0, distance / errors, 0.0)

@@ -10,10 +10,10 @@ the largest inputs first, while most others are left to make up for them. An inp
 
 Paper: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, Algorithm 1; act_order, static_groups and groups as in its published code.
-Differs from the published code: scales are rounded to float16 before they are used, all else is float64 (there
-float32); ties in act_order go to the first column; H is X^T X, not 2 / sequences times that, which shows only where an
-input is dead (its H_jj becomes 1); symmetric groups without a negative number are not clipped (see
-refllm.kernels.grids).
+Differs from the published code: scales are rounded to float16 before they are used; H, its factor and the errors are
+float64 (there float32), what is divided by a scale is rounded to float32 as there; ties in act_order go to the first
+column; H is X^T X, not 2 / sequences times that, which shows only where an input is dead (its H_jj becomes 1);
+symmetric groups without a negative number are not clipped (see refllm.kernels.grids).
 Stage: memory, decode
 Inventory: 11
 Lesson: lessons/10-gptq.md
@@ -153,7 +153,8 @@ def rounding_margins(
     spread = lambda a: np.repeat(a.astype(np.float64), inner.columns // a.shape[1], axis=1)[:, stored]
     scale, zero_point = map(spread, inner.scales())
     errors = sweep_bound(W[:, order], Q, E, U, H, stats.n) / scale
-    return margins(values / scale + zero_point, errors, 0, (1 << inner.bits) - 1)
+    most = (1 << inner.bits) - 1
+    return margins(values / scale, errors, -zero_point, most - zero_point, by_float32=True)
 
 
 def prepared(W, stats, damp, act_order):

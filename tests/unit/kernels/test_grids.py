@@ -48,6 +48,21 @@ def test_twos_by_hand():
     assert quantized(TwosGrid(4, 0), np.zeros((2, 2)))[1].tolist() == [[0.125]]
 
 
+def test_the_largest_weight_is_a_tie_of_float32_whatever_the_weights_are_stored_in():
+    W = np.array([[-3.0, 1.0]])  # 4 bits: the scale 2 * 3 / 15 rounds up in float32, 3 / scale to 7.5 - 1.1e-7
+    scale = FullRangeGrid(4, -1, "float32").fit(W)[0]
+    assert 7.5 - 2.0**-22 < 3 / scale.item() < 7.5
+    assert FullRangeGrid(4, -1, "float32").encode(W, scale).tolist() == [[0, 10]]
+
+
+@PROPERTY
+@given(mixed_weights(columns=24), st.sampled_from((*GRIDS, TwosGrid)), st.sampled_from(WIDTHS))
+def test_float64_weights_get_the_codes_of_float32_ones(W, kind, bits):
+    grid = kind(bits, 8, "float32")
+    fitted = grid.fit(W)
+    assert (grid.encode(W.astype(np.float64), *fitted) == grid.encode(W, *fitted)).all()
+
+
 @PROPERTY
 @given(mixed_weights(columns=24), st.sampled_from(WIDTHS))
 def test_twos_is_off_by_half_a_step_below_and_one_step_above(W, bits):

@@ -27,6 +27,18 @@ def test_nothing_is_decided_beyond_the_ends():
     assert margins(np.array([0.4]), 0.1, 0, 15).closest == pytest.approx(0.1)
 
 
+@PROPERTY
+@given(st.integers(-130, 130), st.floats(-3, 3))
+def test_float32_moves_a_boundary_past_its_half(whole, steps):
+    """Less than the distance to it changes no code, a hair more does."""
+    value = whole + 0.5 + steps * np.spacing(np.float32(abs(whole + 0.5))).item()
+    code = lambda v: int(np.rint(np.float32(v)))
+    distance = margins(np.array([value]), 0.0, by_float32=True).closest
+    nearer, beyond = distance * (1 - 2.0**-20), distance * (1 + 2.0**-20) + 2.0**-44
+    assert {code(value - nearer), code(value + nearer)} == {code(value)}
+    assert {code(value - beyond), code(value + beyond)} != {code(value)}
+
+
 def test_total():
     one, other = Margins(3, 0.25, 4.0, 0), Margins(2, 0.125, 0.5, 1)
     assert total([one, other]) == total(iter([other, one])) == Margins(5, 0.125, 0.5, 1)

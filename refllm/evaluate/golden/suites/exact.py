@@ -66,6 +66,17 @@ def to_f32(x: Fraction) -> Fraction:
     return _to_float(x, 24, -149, (2 - Fraction(1, 2**23)) * 2**127)
 
 
+def f32_step(x: Fraction) -> Fraction:
+    """Distance of the float32 around x.
+
+    Examples
+    --------
+    >>> float(f32_step(Fraction(5, 2))) * 2**22
+    1.0
+    """
+    return _step(x, 24, -149)
+
+
 def to_f64(x: Fraction) -> Fraction:
     """The nearest float64."""
     return _to_float(x, 53, -1074, (2 - Fraction(1, 2**52)) * 2**1023)

@@ -36,6 +36,8 @@ def _valid() -> list[CaseSpec]:
         case(42, "a row of zeros", "ZeroGroup", [[0, 0, 0, 0], [1, -0.75, 0.5, 0.1875]],
              [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 2]]),
         random_case(43, "float32 scales", "Float32Scale", (2, 4), 6, bits=5, scale_dtype="float32"),
+        case(44, "the largest weight is a tie in float32, below it in float64", "FloatQuotient FullRange",
+             [[-3, 1, 0.5, 2], [-11, 4, 7, 1]], IDENTITY, near=True, symmetric=True, scale_dtype="float32"),
         random_case(50, "5 x 16, groups of 4, act-order, blocks of 6", "Random", (5, 16), 20, group_size=4,
                     act_order=True, block=6),
     ]  # fmt: skip
@@ -60,7 +62,7 @@ def suite() -> SuiteSpec:
     """The suite quant/gptq."""
     head = {
         "suite": "quant/gptq",
-        "suite_version": "1.0.0",
+        "suite_version": "1.1.0",
         "op": "quant.gptq",
         "title": "GPTQ: weights and calibration inputs to codes, scales, zero points and the group of each input",
         "header": HEADER,

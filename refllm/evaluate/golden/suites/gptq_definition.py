@@ -13,6 +13,7 @@ from refllm.evaluate.golden.suites.exact import (
     dyadic,
     dyadic_recipe,
     f16_margin,
+    f32_step,
     first_seed,
     nearest,
     to_f16,
@@ -64,8 +65,10 @@ def inverse(H: Rows) -> Rows:
 
 
 def _round(x: Fraction, margins: list) -> int:
-    margins.append(abs(x - x.numerator // x.denominator - Fraction(1, 2)))
-    return nearest(x)
+    """rint of the nearest float32. What lies within half a step of a half becomes that half: two boundaries."""
+    half = x.numerator // x.denominator + Fraction(1, 2)
+    margins.append(abs(abs(x - half) - f32_step(half) / 2))
+    return nearest(to_f32(x))
 
 
 def _fit(group: list[Fraction], d: Definition, margins: list) -> tuple[Fraction, int]:

@@ -13,7 +13,8 @@ HEADER = [
     "Grids: affine lo = min(w, 0), hi = max(w, 0), scale = (hi - lo) / (2^bits - 1), zero_point = clip(rint(-lo /"
     " scale), 0, 2^bits - 1); symmetric scale = 2 amax / (2^bits - 1), zero point 2^(bits-1), not returned. An "
     "all-zero group has lo -1, hi 1. The scale is rounded to scale_dtype before it is used. code = clip(rint(w / "
-    "scale) + zero_point, 0, 2^bits - 1), q = scale * (code - zero_point).",
+    "scale) + zero_point, 0, 2^bits - 1), q = scale * (code - zero_point). Both quotients are rounded to float32 "
+    "before rint.",
     "group_size -1 is one grid a row, 0 one for the tensor, from w (dead ones zero). g > 0: g columns consecutive"
     " in the order in which they are taken; the grid of a group is fitted when its first column is reached, "
     "group_grid updated: to the weights as all columns before have left them; published: as the columns of the "
@@ -84,6 +85,13 @@ NOTES = {
         "Codes of large weights off by one.",
     ),
     "Float32Scale": note("PRECISION", "scale_dtype float32: the scale keeps its bits."),
+    "FloatQuotient": note(
+        "PRECISION",
+        "w / scale is rounded to float32 before rint. The largest weight of a symmetric group lies half a step from "
+        "its code: a tie in float32, and in float64 whatever the last bit of the stored scale makes of it.",
+        "The largest weight one code off in some groups, and what compensates for it.",
+        "IST-DASLab/gptq/blob/main/quant.py",
+    ),
     "FullRange": note(
         "OFF_BY_ONE",
         "symmetric: scale 2 amax / (2^bits - 1) and all codes in use, 0 too; not amax / (2^(bits-1) - 1).",

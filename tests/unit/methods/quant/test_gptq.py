@@ -334,8 +334,14 @@ def test_codes_lie_far_from_their_boundaries(knobs):
     assert 1e-6 < found.closest < 0.01 and found.safety > 10
 
 
-def test_a_tie_is_reported():
+def test_a_tie_of_exact_numbers_is_safe():
     W = np.array([[15.0, 2.5, 0.0]])
+    found = rounding_margins(W, Stats(np.eye(3)), gptq(W, Stats(np.eye(3)), group_size=-1))
+    assert found.closest == 2.0**-23 and found.unsafe == 0  # half a float32 step of 2.5, which is what decides
+
+
+def test_a_value_on_its_boundary_is_reported():
+    W = np.array([[15.0, 2.5 + 2.0**-23, 0.0]])  # float32 has 2.5 and 2.5 + 2^-22 around it
     found = rounding_margins(W, Stats(np.eye(3)), gptq(W, Stats(np.eye(3)), group_size=-1))
     assert found.closest == 0 and found.unsafe == 1
 
