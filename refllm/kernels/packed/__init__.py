@@ -10,6 +10,8 @@ float64 activations always take the NumPy text. Records are described in records
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -35,6 +37,7 @@ from refllm.kernels.packed.records import (
 BITS = {"int8": 8, "int4": 4}  # of rounded activations
 ACTIVATIONS = ("float32", *BITS)
 BACKENDS = ("numba", "numpy")
+_CODED = (IntWeight, MinWeight, TwoLevel, GGUFBlocks)
 
 
 def backend() -> str:
@@ -47,10 +50,11 @@ def backend() -> str:
 
 def has_codes(weight: object) -> bool:
     """Whether a weight is stored as codes, so that rounded activations apply to it."""
+    if isinstance(weight, _CODED):
+        return True
     if isinstance(weight, (Reordered, Rotated)):
         return has_codes(weight.weight)
-    inner = weight.values if isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) else weight
-    return isinstance(inner, (IntWeight, MinWeight, TwoLevel, GGUFBlocks))
+    return isinstance(weight, (Sparse24, SparseBitmask, BlockSparse)) and isinstance(weight.values, _CODED)
 
 
 def as_run(weight: np.ndarray | Record, activations: str | Rounding) -> tuple[np.ndarray | Record, str | Rounding]:
@@ -156,26 +160,46 @@ def matmul_each(x: np.ndarray, weights: Sequence, activations: str | Rounding = 
     [[1.0, 1.0], [3.0]]
     """
     x = np.asarray(x)
-    found = _shared(x, weights, activations) if x.dtype == np.float32 and len(weights) > 1 else [None] * len(weights)
-    return [
-        matmul(x, weight, activations) if y is None else y.reshape(*x.shape[:-1], weight.shape[0])
-        for weight, y in zip(weights, found, strict=True)
-    ]
+    found = [None] * len(weights)
+    if x.dtype == np.float32 and x.ndim and len(weights) > 1 and backend() == "numba":
+        plan = _plan(weights, activations)
+        if plan is not None and plan.columns == x.shape[-1]:
+            flat = x if x.ndim == 2 else x.reshape(-1, plan.columns)
+            for numbers, together in plan.parts:
+                for i, y in zip(numbers, together.products(flat), strict=True):
+                    found[i] = y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[1])
+    return [matmul(x, weight, activations) if y is None else y for weight, y in zip(weights, found, strict=True)]
 
 
-def _shared(x: np.ndarray, weights: Sequence, activations: str | Rounding) -> list[np.ndarray | None]:
-    """What of matmul_each kernels do together, (tokens, out); None where matmul is to be asked."""
+class _Plan(NamedTuple):
+    """How kernels multiply several weights together: what for, weak references to them, their width, and the parts."""
+
+    activations: str
+    weights: tuple[ref, ...]
+    columns: int
+    parts: list
+
+
+_plans: WeakKeyDictionary = WeakKeyDictionary()  # record -> the plan of the weights that it last came first of
+
+
+def _plan(weights: Sequence, activations: str | Rounding) -> _Plan | None:
+    """None where matmul is to be asked for every weight by itself: not all are records of one width."""
+    first = weights[0]
+    known = _plans.get(first) if is_record(first) else None
+    if known is not None and known.activations == activations and len(known.weights) == len(weights):
+        if all(one() is weight for one, weight in zip(known.weights, weights, strict=True)):
+            return known
     records = []
     for weight in weights:
         record, how = as_run(weight, activations)
-        if how not in ACTIVATIONS or not is_record(record) or x.ndim == 0 or x.shape[-1] != record.shape[1]:
-            return [None] * len(weights)
+        if how not in ACTIVATIONS or not is_record(record) or record.shape[1] != first.shape[1]:
+            return None
         records.append((record, BITS[how] if how in BITS and has_codes(record) else 0))
-    if backend() != "numba":
-        return [None] * len(weights)
     from refllm.kernels.packed import fast
 
-    return fast.shared_products(x.reshape(-1, x.shape[-1]), records)
+    _plans[first] = _Plan(activations, tuple(map(ref, weights)), first.shape[1], fast.together(records))
+    return _plans[first]
 
 
 def rows(weight: np.ndarray | Record, ids: np.ndarray) -> np.ndarray:

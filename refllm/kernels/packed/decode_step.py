@@ -137,7 +137,7 @@ def _tiles(product, source, columns, laid_out, buffers, x, y, first, last):
     scale = x + 4 * BLOCK * blocks
     sums = scale + 4 * blocks
     if product.kind != laid_out:
-        call(buffers.lay_out, (source, 1, blocks * BLOCK, 0, product.kind, x, scale, sums, 0, 1))
+        call(buffers.lay_out, (source, 1, blocks * BLOCK, product.kind, x, scale, sums, 0, 1))
     if first < last:
         call(product.kernel, (product.table, x, scale, sums, y, 0, 1, first, last))
     return product.kind

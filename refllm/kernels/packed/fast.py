@@ -9,7 +9,7 @@ The sums of the second kind are BLAS's: their order, and so their last bits, may
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,13 +24,14 @@ from refllm.kernels.packed.reference import activation_block, row_blocks
 from refllm.kernels.packed.several import several_address
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.standing import run_job
-from refllm.kernels.packed.threads import division, over_rows
+from refllm.kernels.packed.threads import division
 from refllm.kernels.packed.tile_kernels import TILES, product_address
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
 SLAB = 80 * TOKENS  # tokens laid out at a time
+LAYING = 64  # weights are multiplied in the time that it takes to lay a number out
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of float32
 SLICES = 32  # of a job, for each thread: taking one costs a few nanoseconds
 PAGE = 4096  # bytes; what lies so far apart shares few places of a first-level cache
@@ -51,51 +52,78 @@ def tile_matmul(x: np.ndarray, tiles: Tiles, kind: int) -> np.ndarray:
     -------
     (tokens, out) float32
     """
-    return tile_products(x, [tiles], kind)[0]
+    return Together([tiles], kind).products(x)[0]
 
 
-def tile_products(x: np.ndarray, weights: Sequence[Tiles], kind: int) -> list[np.ndarray]:
-    """tile_matmul with several weights of one width and one laid_kind: the activations are laid out once."""
-    tokens, blocks, n = len(x), weights[0].blocks, 1 if len(x) <= FEW_TOKENS else TOKENS
-    x = _padded(x, blocks * BLOCK)
-    panels = -(-tokens // n)
-    most = max(1, min(panels, SLAB // n))
-    y, starts = _results(panels * n, [tiles.tiles * ROWS for tiles in weights])
-    each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
-    codes_bytes, scale_bytes = most * each * BLOCK * (4 if kind == FLOAT else 1), most * each * 4
-    laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
-    at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, y.strides[0]
-    laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
-    lay_out, wanted = _lay_out(n), laid_kind(weights[0].form, kind)
-    products = [
-        (product_address(tiles.form, kind, n), tiles.address, to_y + 4 * start, stride, tiles.tiles)
-        for tiles, start in zip(weights, starts, strict=True)
-    ]
-    work = n * sum(tiles.codes.size for tiles in weights)
-    for start in range(0, panels, most):
-        done, count = start * n, min(most, panels - start)
-        source = from_x + done * x.strides[0], tokens - done, x.shape[1], x.strides[0], wanted, *laid_out
-        over_rows(lambda first, last, source=source: lay_out(*source, first, last), count, count * n * x.shape[1])
-        _multiply(products, laid_out, done, count, count * work)
-    return [y[:tokens, start : start + tiles.shape[0]] for tiles, start in zip(weights, starts, strict=True)]
+class Together:
+    """Weights of one width that read activations laid out alike, and what their products with any x have in common.
+
+    After a product has streamed its weights through the caches, every Python object that the next one touches comes
+    from memory: all that is known before x is therefore kept ready.
+
+    Parameters
+    ----------
+    weights : sequence of Tiles
+    kind : int
+        As of tile_matmul.
+    """
+
+    def __init__(self, weights: Sequence[Tiles], kind: int):
+        self.weights, self.kind, self.laid = tuple(weights), kind, laid_kind(weights[0].form, kind)
+        self.blocks, self.tiles = weights[0].blocks, sum(tiles.tiles for tiles in weights)
+        self.size = sum(tiles.codes.size for tiles in weights)
+        starts = list(accumulate((tiles.tiles * ROWS for tiles in weights), initial=0))
+        self.width = _apart(starts[-1])
+        self.columns = [slice(at, at + tiles.shape[0]) for at, tiles in zip(starts, weights, strict=False)]
+        self._calls = {}
+
+    def _call(self, n: int) -> tuple[int, int, np.ndarray | None]:
+        """For panels of n tokens: the function's address, its first argument, and the array that lies there."""
+        if n not in self._calls:
+            kernels = [product_address(tiles.form, self.kind, n) for tiles in self.weights]
+            if len(kernels) == 1:
+                self._calls[n] = kernels[0], self.weights[0].address, None
+            else:
+                each = zip(kernels, self.weights, self.columns, strict=True)
+                fields = [(kernel, tiles.address, 4 * at.start, tiles.tiles) for kernel, tiles, at in each]
+                table = np.array([len(fields), *chain(*fields)], np.int64)
+                self._calls[n] = several_address(), table.ctypes.data, table
+        return self._calls[n]
+
+    def products(self, x: np.ndarray) -> list[np.ndarray]:
+        """x W^T for each of the weights.
+
+        Parameters
+        ----------
+        x : (tokens, in) float32
+
+        Returns
+        -------
+        list of (tokens, out) float32
+        """
+        tokens, blocks, n = len(x), self.blocks, 1 if len(x) <= FEW_TOKENS else TOKENS
+        x = _padded(x, blocks * BLOCK)
+        panels = -(-tokens // n)
+        most = max(1, min(panels, SLAB // n))
+        y = np.empty((panels * n, self.width), np.float32)
+        each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
+        codes_bytes, scale_bytes = most * each * BLOCK * (4 if self.kind == FLOAT else 1), most * each * 4
+        laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
+        at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, 4 * self.width
+        laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
+        lay_out, (product, weights, _) = lay_out_address(n), self._call(n)
+        for start in range(0, panels, most):
+            done, count = start * n, min(most, panels - start)
+            source = from_x + 4 * done * x.shape[1], tokens - done, x.shape[1], self.laid
+            over_tiles(lay_out, (*source, *laid_out), count, LAYING * count * n * x.shape[1], together=1)
+            arguments = weights, *laid_out, to_y + done * stride, stride, count
+            over_tiles(product, arguments, self.tiles, count * n * self.size)
+        return [y[:tokens, columns] for columns in self.columns]
 
 
-def _multiply(products: list[tuple[int, ...]], laid_out: tuple[int, int, int], token: int, panels: int, work: int):
-    """Products (several.FIELDS) of `panels` panels; the first has the results from `token` on."""
-    if len(products) == 1:
-        kernel, weight, y, stride, tiles = products[0]
-        over_tiles(kernel, (weight, *laid_out, y + token * stride, stride, panels), tiles, work)
-        return
-    table = np.array(products, np.int64)
-    what = table.ctypes.data, *laid_out, len(products), token, panels
-    over_tiles(several_address(), what, int(table[:, -1].sum()), work)
-
-
-def _results(rows: int, widths: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Room for results side by side, and where each begins; rows whole pages apart would displace each other."""
-    *starts, columns = accumulate(widths, initial=0)
-    apart = columns + (ROWS if 4 * columns % PAGE == 0 else 0)
-    return np.empty((rows, apart), np.float32), starts
+def _apart(columns: int) -> int:
+    """Columns of an array of results with so many of use; rows whole pages apart would displace each other."""
+    return columns + (ROWS if 4 * columns % PAGE == 0 else 0)
 
 
 def _padded(x: np.ndarray, columns: int) -> np.ndarray:
@@ -105,22 +133,17 @@ def _padded(x: np.ndarray, columns: int) -> np.ndarray:
     return x if x.flags.carray and x.dtype == np.float32 else np.require(x, np.float32, ["C", "A"])
 
 
-def over_tiles(product: int, arguments: tuple, tiles: int, work: int) -> None:
-    """Call the product at an address on slices that together cover all tiles; `threads.over_rows` in compiled code."""
-    threads, units, _ = division(tiles, work, TILES)
-    parts = min(units, SLICES * threads), units, TILES
-    if threads == 1 or not run_job(product, arguments, tiles, parts, threads):
-        _function(product)(*arguments, 0, tiles)
+def over_tiles(function: int, arguments: tuple, rows: int, work: int, together: int = TILES) -> None:
+    """`threads.over_rows` in compiled code: call the function at an address on slices of tiles, or other rows."""
+    threads, units, _ = division(rows, work, together)
+    parts = min(units, SLICES * threads), units, together
+    if threads == 1 or not run_job(function, arguments, rows, parts, threads):
+        _function(function)(*arguments, 0, rows)
 
 
 @cache
-def _function(product: int):
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(product)
-
-
-@cache
-def _lay_out(n: int):
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 10)(lay_out_address(n))
+def _function(address: int):
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 9)(address)
 
 
 @cache
@@ -197,7 +220,7 @@ def _values(values, block: slice) -> np.ndarray:
 def matmul_float(x: np.ndarray, weight) -> np.ndarray:
     """reference.matmul_float for float32 x."""
     if tiled := _tiled(weight, 0):
-        return tile_matmul(x, *tiled[:2])
+        return tiled.products(x)[0]
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for block, rows in decoded(weight):
         np.matmul(x, rows.T, out=y[:, block])
@@ -212,48 +235,46 @@ def matmul_int8(x: np.ndarray, weight) -> np.ndarray:
 def matmul_rounded(x: np.ndarray, weight, bits: int = 8) -> np.ndarray:
     """reference.matmul_rounded for float32 x. Without an integer product, floats are multiplied."""
     if tiled := _tiled(weight, bits):
-        return tile_matmul(x, *tiled[:2])
+        return tiled.products(x)[0]
     return matmul_float(round_activations(x, activation_block(weight), bits), weight)
 
 
 _ways: WeakKeyDictionary = WeakKeyDictionary()  # record -> bits -> what _tiled finds
 
 
-def _tiled(weight, bits: int) -> tuple[Tiles, int, int] | None:
-    """The tiles that a product with activations of so many bits (0: float32) takes, their kind and laid_kind."""
+def _tiled(weight, bits: int) -> Together | None:
+    """The product of a record with activations of so many bits (0: float32); None if its tiles have none."""
     ways = _ways.get(weight)
     if ways is None:
         ways = _ways[weight] = {}
     if bits not in ways:
         tiles, kind = tiles_of(weight), rounded_kind(activation_block(weight), bits) if bits else FLOAT
         fits = tiles is not None and (kind == FLOAT or tiles.form.has_integers)
-        ways[bits] = (tiles, kind, laid_kind(tiles.form, kind)) if fits else None
+        ways[bits] = Together([tiles], kind) if fits else None
     return ways[bits]
 
 
-def shared_products(x: np.ndarray, records: Sequence[tuple]) -> list[np.ndarray | None]:
-    """matmul_rounded for several records at once: those together that read x laid out alike.
+def together(records: Sequence[tuple]) -> list[tuple[tuple[int, ...], Together]]:
+    """Several records as few products: those together that read activations laid out alike.
 
     Parameters
     ----------
-    x : (tokens, in) float32
     records : sequence of (record, int)
         Each with the bits of its activations; 0 for float32.
 
     Returns
     -------
-    list of (tokens, out) float32 or None
-        None for a record that has no tiles.
+    list of (numbers, Together)
+        Which records they are. A record that has no tiles is in none.
     """
-    found, alike = [None] * len(records), {}
+    alike = {}
     for i, (record, bits) in enumerate(records):
         if tiled := _tiled(record, bits):
-            tiles, *how = tiled
-            alike.setdefault((*how, tiles.blocks), []).append((i, tiles))
+            alike.setdefault((tiled.kind, tiled.laid, tiled.blocks), []).append((i, tiled.weights[0]))
+    found = []
     for (kind, *_), members in alike.items():
         numbers, tiles = zip(*members, strict=True)
-        for i, y in zip(numbers, tile_products(x, tiles, kind), strict=True):
-            found[i] = y
+        found.append((numbers, Together(tiles, kind)))
     return found
 
 
@@ -266,7 +287,7 @@ def codes_times(x_codes: np.ndarray, weight) -> np.ndarray:
     panels = -(-tokens // n)
     x, sums = _laid_codes(x_codes, tiles, panels, n)
     scale = np.ones((panels, tiles.blocks, n), np.float32)
-    y, _ = _results(panels * n, [tiles.tiles * ROWS])
+    y = np.empty((panels * n, _apart(tiles.tiles * ROWS)), np.float32)
     product, stride = product_address(tiles.form, TOKEN, n), y.strides[0]
     target = tiles.address, x.ctypes.data, scale.ctypes.data, sums.ctypes.data, y.ctypes.data, stride, panels
     over_tiles(product, target, tiles.tiles, tiles.codes.size * panels * n)

@@ -131,15 +131,15 @@ def _lay_super(source, known, n, most, offset, x, x_scale, sums):
 def lay_out_text(n: int):
     """Activations of the panels first <= panel < last as the products read them; reference: activations.py.
 
-    source : address of float32 [token, column], `stride` bytes apart; columns are a multiple of 32. kind : laid_kind.
+    source : address of float32 [token, column]; columns are a multiple of 32. kind : laid_kind.
     """
 
-    def lay_out(source, tokens, columns, stride, kind, x, x_scale, x_sums, first, last):
+    def lay_out(source, tokens, columns, kind, x, x_scale, x_sums, first, last):
         blocks, offset, kind = columns // BLOCK, kind >> KINDS, kind & (1 << KINDS) - 1
         most, kind = 7 if kind & FOUR else 127, kind & ~FOUR
         for panel in range(first, last):
             for i in range(n):
-                token, here = panel * n + i, source + (panel * n + i) * stride
+                token, here = panel * n + i, source + (panel * n + i) * 4 * columns
                 known, at = token < tokens, panel * blocks * n + i
                 if kind == SUPERS:
                     sums = x_sums + 4 * (panel * (blocks * BLOCK // SUPER) * SUPER_WORDS * n + i)
@@ -173,4 +173,4 @@ def lay_out_text(n: int):
 @cache
 def lay_out_address(n: int) -> int:
     """Address of the compiled lay_out."""
-    return compile_address(lay_out_text(n), types.void(*[types.intp] * 10), f"_{n}")
+    return compile_address(lay_out_text(n), types.void(*[types.intp] * 9), f"_{n}")

@@ -183,7 +183,7 @@ def _lay_out(product, laid_out, source, tokens, columns, buffers, thread, thread
         padded = (columns + BLOCK - 1) // BLOCK * BLOCK
         x, scale, sums = _laid(buffers, tokens, columns)
         first, last = share((tokens + TOKENS - 1) // TOKENS, thread, threads)
-        call(buffers.lay_out, (source, tokens, padded, 4 * padded, product.kind, x, scale, sums, first, last))
+        call(buffers.lay_out, (source, tokens, padded, product.kind, x, scale, sums, first, last))
         barrier(buffers.meeting, threads)
     return product.kind
 

@@ -13,23 +13,22 @@ from refllm.kernels.packed.compile import compile_address
 from refllm.kernels.packed.lane_memory import word
 from refllm.kernels.packed.team import call
 
-FIELDS = 5  # of a product: address of its kernel, of its weight and of its results, bytes from token to token, tiles
+FIELDS = 4  # of a product: address of its kernel, of its weight, bytes from a row's beginning to its results, tiles
 
 
-def several_products(products, x, x_scale, x_sums, count, token, panels, first, last):
-    """The tiles first <= tile < last of all products together.
+def several_products(products, x, x_scale, x_sums, y, stride, panels, first, last):
+    """The tiles first <= tile < last of all products together; called as one of them is (tile_kernels.product_text).
 
-    products : address of int64 [count, FIELDS]. x, x_scale, x_sums : as laid_out leaves them, of `panels` panels.
-    token : number of the first one in the results.
+    products : address of int64: how many, then FIELDS of each. y : address of a row's results, of all side by side.
     """
     begin = 0
-    for i in range(count):
-        field = FIELDS * i
-        stride, end = word(products, field + 3), begin + word(products, field + 4)
+    for i in range(word(products, 0)):
+        field = 1 + FIELDS * i
+        end = begin + word(products, field + 3)
         start, stop = max(first, begin), min(last, end)
         if start < stop:
-            y = word(products, field + 2) + token * stride
-            what = word(products, field + 1), x, x_scale, x_sums, y, stride, panels, start - begin, stop - begin
+            own = y + word(products, field + 2)
+            what = word(products, field + 1), x, x_scale, x_sums, own, stride, panels, start - begin, stop - begin
             call(word(products, field), what)
         begin = end
 

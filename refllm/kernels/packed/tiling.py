@@ -157,7 +157,7 @@ class Tiles:
     first: np.ndarray | None = None
     where: np.ndarray | None = None
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Sixteens of rows."""
         return -(-self.shape[0] // ROWS)

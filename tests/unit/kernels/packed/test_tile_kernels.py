@@ -21,7 +21,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, products, reference, simd, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
-from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, rounded_kind
+from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, lay_out_address, rounded_kind
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from refllm.kernels.packed.tiling import Form
@@ -211,7 +211,7 @@ def laid_out(x, kind, n):
     if kind & 3 == SUPERS:
         sums = np.full((panels, blocks_ // 8, 32, n), 9, np.int32)
     places = codes.ctypes.data, scale.ctypes.data, sums.ctypes.data
-    fast._lay_out(n)(x.ctypes.data, tokens, columns, x.strides[0], kind, *places, 0, panels)
+    fast._function(lay_out_address(n))(x.ctypes.data, tokens, columns, kind, *places, 0, panels)
     back = codes.transpose(0, 2, 1, 3).reshape(-1, columns), scale.transpose(0, 2, 1).reshape(-1, blocks_)
     return *back, sums.transpose(0, 3, 1, 2).reshape(-1, *sums.shape[1:3])
 
