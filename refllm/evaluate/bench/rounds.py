@@ -6,9 +6,9 @@ a model reads every weight once a token, so no weight may be met in a cache here
 its weights and a turn goes through all of them; all candidates together have `SPREAD` bytes or more.
 
 A turn begins when this process is idle: the threads of a program that has had its turn spin for a while, waiting for
-more work (refllm's 2 ms, ggml's 10, ONNX Runtime's 40, OpenBLAS's 60 and more), and would take a processor from the next. The first
-products after a pause take up to a quarter longer than those that follow, whoever makes them. Decoding never pauses, so
-single products are timed with a running start: a turn that is not timed goes right before.
+more work (refllm's 2 ms, ggml's 10, ONNX Runtime's 40, OpenBLAS's 60 and more), and would take a processor from the
+next. The first products after a pause take up to a quarter longer than those that follow, whoever makes them. Decoding
+never pauses, so single products are timed with a running start: a turn that is not timed goes right before.
 
 Medians are compared. The quartiles beside them say how far to trust them, and `other_work` why not.
 """
