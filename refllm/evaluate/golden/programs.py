@@ -53,7 +53,7 @@ def program_call(command: list[str], timeout: float, form: str = "json") -> Call
             folder = Path(folder).resolve()
             request = write_request(folder, op, params, inputs)
             try:
-                code, tail = _run([*command, str(request)], folder / "log.txt", timeout)
+                code, tail = _run([*command, str(request)], folder, timeout)
             except OSError as error:
                 return Answer("crash", f"cannot start: {one_line(error)}")
             if code is None:
@@ -151,10 +151,14 @@ def _start(command: list[str], stdin, stdout, stderr) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=os.name == "posix")
 
 
-def _run(command: list[str], log: Path, timeout: float) -> tuple[int | None, str]:
-    """Exit code (None after a timeout) and the last line the program wrote."""
-    with open(log, "wb") as file:
-        process = _start(command, subprocess.DEVNULL, file, subprocess.STDOUT)
+def _run(command: list[str], folder: Path, timeout: float) -> tuple[int | None, str]:
+    """Exit code (None after a timeout) and the last line of standard error; of standard output if there is none.
+
+    Two files, for programs keep back what they print into one file until they end: the last line would be any.
+    """
+    logs = folder / "stderr.txt", folder / "stdout.txt"
+    with open(logs[0], "wb") as errors, open(logs[1], "wb") as output:
+        process = _start(command, subprocess.DEVNULL, output, errors)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -162,10 +166,14 @@ def _run(command: list[str], log: Path, timeout: float) -> tuple[int | None, str
         finally:
             if process.poll() is None:
                 _kill(process)
+    return code, _last_line(logs[0]) or _last_line(logs[1])
+
+
+def _last_line(log: Path) -> str:
     with open(log, "rb") as file:
         file.seek(max(log.stat().st_size - 2000, 0))
         lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return code, lines[-1].strip()[:200] if lines else ""
+    return lines[-1].strip()[:200] if lines else ""
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -114,6 +114,7 @@ def test_a_right_program_passes(suites, tmp_path):
         ("sys.exit(3)", "", ""),
         ("sys.exit(4)", "rejected", "rejected"),
         ("print('deep'); print('trouble', file=sys.stderr); sys.exit(7)", "crash", "exit code 7: trouble"),
+        ("print('all there is'); sys.exit(7)", "crash", "exit code 7: all there is"),
         ("raise RuntimeError('boom')", "crash", "RuntimeError: boom"),
         ("sys.exit(0)", "garbage", "no output file"),
         ("open(request['outputs'], 'wb').write(b'nonsense, not a tensor'); sys.exit(0)", "garbage", "header length"),
