@@ -31,7 +31,7 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
 
 FEW_TOKENS = 3  # up to here one token after another beats a panel that is mostly empty
 SLAB = 80 * TOKENS  # tokens laid out at a time
-LAYING = 64  # weights are multiplied in the time that it takes to lay a number out
+LAYING = 64  # so many weights, or more, are multiplied in the time that it takes to lay a number out
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of float32
 SLICES = 32  # of a job, for each thread: taking one costs a few nanoseconds
 PAGE = 4096  # bytes; what lies so far apart shares few places of a first-level cache
