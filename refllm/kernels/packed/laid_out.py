@@ -12,8 +12,10 @@ Activations (of `n` tokens together, a panel) as a kernel reads them, each behin
 Beside levels, int8 codes of SUPER columns have one scale and those of a block a shift (activations.quantize_shifted):
 
     scale  [panel, block, n]       the same for all blocks of a super-block
-    sums   [panel, super, 32, n]   words 0 to 23: as above, int32 [8, 3, n], or for minimum levels split_words of
-                                   products.py; 24 to 31: the shifts, int32
+    sums   [panel, super, 32, n]   int32 words; 0 to 23: as above, [8, 3, n], or, for minimum levels, 0 to 11:
+                                   split_words of level_products.py; 12 to 15: the shifts of two blocks each, the
+                                   first's in the upper half; 16: a number for the panel, its reach: how large the sum
+                                   of a block's positive codes gets, or that of its negative ones; 24 to 31: the shifts
 """
 
 from functools import cache
@@ -23,9 +25,21 @@ from numba import types
 
 from refllm.kernels.packed.activations import SHIFTS
 from refllm.kernels.packed.compile import compile_address, jitable
-from refllm.kernels.packed.lane_math import divide, lane_sum, larger_bits, largest_of_bits, magnitude_bits, nearest
+from refllm.kernels.packed.lane_math import (
+    divide,
+    lane_sum,
+    larger_bits,
+    largest_of_bits,
+    magnitude_bits,
+    nearest,
+    usable,
+)
 from refllm.kernels.packed.lane_memory import (
+    load_float,
     load_floats,
+    load_whole,
+    prefetch,
+    room,
     store_codes,
     store_float,
     store_floats,
@@ -33,7 +47,7 @@ from refllm.kernels.packed.lane_memory import (
     store_whole,
 )
 from refllm.kernels.packed.lanes import every, splat
-from refllm.kernels.packed.products import split_words
+from refllm.kernels.packed.level_products import split_words
 from refllm.kernels.packed.simd import target_features
 from refllm.kernels.packed.tiling import BLOCK, SUPER, Form
 
@@ -44,7 +58,8 @@ TOKENS = 12 if "+avx512f" in target_features() else 6
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
 KINDS = 3  # bits of a kind
-HALVES_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 24, 32
+ABOVE = SUPER // BLOCK
+HALVES_AT, PAIRS_AT, REACH_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 12, 16, 24, 32
 
 
 def begins(form: Form, integers: bool) -> bool:
@@ -78,13 +93,11 @@ def _halves(source, known):
     return (load_floats(source), load_floats(source + 64)) if known else (every(0), every(0))
 
 
-@jitable
+@jitable(forceinline=True)  # or sums that nobody wants are made
 def _store_rounded(x, low, high, scale, most):
-    """A block's codes; returns the sums of their halves."""
-    # A scale of 0 has only zeros to divide, one that is not finite makes every product NaN.
-    divisor = splat(scale if scale > 0 and scale < np.inf else np.float32(np.inf))
-    first = store_codes(x, nearest(divide(low, divisor)), most)
-    return first, store_codes(x + BLOCK // 2, nearest(divide(high, divisor)), most)
+    """A block's codes; returns what store_codes does."""
+    steps = usable(splat(scale))
+    return store_codes(x, nearest(divide(low, steps)), nearest(divide(high, steps)), most)
 
 
 @jitable
@@ -102,30 +115,61 @@ def _store_sums(sums, n, first, second):
     store_float(sums + 8 * n, second)
 
 
-@jitable
+@jitable(forceinline=True)
 def _lay_super(source, known, n, most, offset, x, x_scale, sums):
-    """A super-block of one token; reference: quantize_shifted."""
+    """A super-block of one token; returns its reach. reference: quantize_shifted."""
     amax = _amax(source, SUPER) if known else np.float32(0)
     scale = amax / np.float32(most) * np.float32(0.5**SHIFTS)
-    for block in range(SUPER // BLOCK):
-        here = source + 4 * BLOCK * block
-        own, step, shift = _amax(here, BLOCK) if known else np.float32(0), scale, 0
-        for _ in range(SHIFTS):  # until the codes reach far enough
-            own += own
-            if not own <= amax:
-                step, shift = step + step, shift + 1
-        low, high = _halves(here, known)
-        first, second = _store_rounded(x + n * BLOCK * block, low, high, step, most)
+    steps, shifts, reach = room(1), sums + 4 * n * SHIFTS_AT, 0
+    for block in range(ABOVE):  # of all blocks first, or each waits for the one before
+        own, shift = _amax(source + 4 * BLOCK * block, BLOCK) if known else np.float32(0), SHIFTS
+        for k in range(SHIFTS):  # until the codes reach far enough
+            shift -= np.intp(own * np.float32(2 << k) <= amax)
+        store_float(steps + 4 * block, scale * np.float32(1 << shift))
+        store_whole(shifts + 4 * n * block, shift)
+    for block in range(ABOVE):
+        low, high = _halves(source + 4 * BLOCK * block, known)
+        step, shift = load_float(steps + 4 * block), load_whole(shifts + 4 * n * block)
+        first, second, positive = _store_rounded(x + n * BLOCK * block, low, high, step, most)
         store_float(x_scale + 4 * n * block, scale)
-        store_whole(sums + 4 * n * (SHIFTS_AT + block), shift)
         if offset > 0:
             _store_begins(sums + 12 * n * block, n, offset, first, second)
+            continue
+        at = sums + 4 * n * (block // 4) + block % 4
+        store_split(at, at + 8 * n, first + second << shift)
+        at = sums + 4 * n * (HALVES_AT + block // 2) + block % 2 * 2
+        store_split(at, at + 16 * n, first << shift)
+        store_split(at + 1, at + 16 * n + 1, second << shift)
+        if block % 2:
+            both = load_whole(shifts + 4 * n * (block - 1)) << 16 | shift
+            store_whole(sums + 4 * n * (PAIRS_AT + block // 2), both)
+        reach = max(reach, positive, positive - first - second)
+    return reach
+
+
+@jitable(forceinline=True)
+def _lay_blocks(source, known, n, most, offset, kind, scale, count, x, x_scale, sums):
+    """ABOVE blocks, or fewer, of one token that has a scale itself or for each; reference: quantize_activations."""
+    scales = room(1)
+    for block in range(count):  # of all blocks first, as above
+        if kind == BLOCKS and known:
+            scale = _amax(source + 4 * BLOCK * block, BLOCK) / np.float32(most)
+        store_float(scales + 4 * block, scale)
+    for block in range(count):
+        low, high = _halves(source + 4 * BLOCK * block, known)
+        scale, here, of = load_float(scales + 4 * block), x + n * BLOCK * block, sums + 12 * n * block
+        store_float(x_scale + 4 * n * block, scale)
+        if kind == FLOAT:
+            here += 3 * n * BLOCK * block
+            store_floats(here, low)
+            store_floats(here + 64, high)
+            _store_sums(of, n, lane_sum(low), lane_sum(high))
+            continue
+        first, second, _ = _store_rounded(here, low, high, scale, most)
+        if offset > 0:
+            _store_begins(of, n, offset, first, second)
         else:
-            at = sums + 4 * n * (block // 4) + block % 4
-            store_split(at, at + 8 * n, first + second << shift)
-            at = sums + 4 * n * (HALVES_AT + block // 2) + block % 2 * 2
-            store_split(at, at + 16 * n, first << shift)
-            store_split(at + 1, at + 16 * n + 1, second << shift)
+            _store_sums(of, n, np.float32(first), np.float32(second))
 
 
 def lay_out_text(n: int):
@@ -136,36 +180,31 @@ def lay_out_text(n: int):
 
     def lay_out(source, tokens, columns, kind, x, x_scale, x_sums, first, last):
         blocks, offset, kind = columns // BLOCK, kind >> KINDS, kind & (1 << KINDS) - 1
-        most, kind = 7 if kind & FOUR else 127, kind & ~FOUR
+        most, kind, scales = 7 if kind & FOUR else 127, kind & ~FOUR, room(1)
+        x_bytes = BLOCK * (4 if kind == FLOAT else 1)
         for panel in range(first, last):
             for i in range(n):
-                token, here = panel * n + i, source + (panel * n + i) * 4 * columns
-                known, at = token < tokens, panel * blocks * n + i
-                if kind == SUPERS:
-                    sums = x_sums + 4 * (panel * (blocks * BLOCK // SUPER) * SUPER_WORDS * n + i)
-                    for _ in range(blocks * BLOCK // SUPER):
-                        _lay_super(here, known, n, most, offset, x + BLOCK * at, x_scale + 4 * at, sums)
-                        here, at, sums = here + 4 * SUPER, at + SUPER // BLOCK * n, sums + 4 * SUPER_WORDS * n
-                    continue
-                scale, sums = np.float32(kind == FLOAT), x_sums + 4 * (panel * blocks * 3 * n + i)
-                if kind == TOKEN and known:
-                    scale = _amax(here, columns) / np.float32(most)
-                for _ in range(blocks):
-                    low, high = _halves(here, known)
-                    if kind == FLOAT:
-                        store_floats(x + 4 * BLOCK * at, low)
-                        store_floats(x + 4 * BLOCK * at + 64, high)
-                        _store_sums(sums, n, lane_sum(low), lane_sum(high))
+                token, scale = panel * n + i, np.float32(kind == FLOAT)
+                if kind == TOKEN and token < tokens:
+                    scale = _amax(source + 4 * token * columns, columns) / np.float32(most)
+                store_float(scales + 4 * i, scale)
+            for start in range(0, blocks, ABOVE):  # token by token: they write to the same lines of the cache
+                for i in range(n):
+                    at, token = (panel * blocks + start) * n + i, panel * n + i
+                    here, known = source + 4 * (token * columns + start * BLOCK), token < tokens
+                    codes, steps = x + x_bytes * at, x_scale + 4 * at
+                    for line in range(4 * SUPER, 8 * SUPER, 64):
+                        prefetch(here + line)
+                    if kind == SUPERS:
+                        sums = x_sums + 4 * ((panel * blocks + start) // ABOVE * SUPER_WORDS * n + i)
+                        reach = _lay_super(here, known, n, most, offset, codes, steps, sums)
+                        if offset == 0:
+                            of_panel = sums - 4 * i + 4 * n * REACH_AT
+                            store_whole(of_panel, max(reach, load_whole(of_panel)) if i else reach)
                     else:
-                        if kind == BLOCKS and known:
-                            scale = _amax(here, BLOCK) / np.float32(most)
-                        first_half, second_half = _store_rounded(x + BLOCK * at, low, high, scale, most)
-                        if offset > 0:
-                            _store_begins(sums, n, offset, first_half, second_half)
-                        else:
-                            _store_sums(sums, n, np.float32(first_half), np.float32(second_half))
-                    store_float(x_scale + 4 * at, scale)
-                    here, at, sums = here + 4 * BLOCK, at + n, sums + 12 * n
+                        sums, count = x_sums + 12 * (at - i) + 4 * i, min(ABOVE, blocks - start)
+                        scale = load_float(scales + 4 * i)
+                        _lay_blocks(here, known, n, most, offset, kind, scale, count, codes, steps, sums)
 
     return lay_out
 

@@ -116,6 +116,18 @@ def magnitude(typing, x):
 
 
 @intrinsic
+def usable(typing, scale):
+    """Scales to divide by: one of 0 has only zeros to divide and one that is not finite makes products NaN, so Inf."""
+
+    def generate(context, b, sig, args):
+        infinite = constant(Floats.llvm, math.inf)
+        positive = b.fcmp_ordered(">", args[0], constant(Floats.llvm, 0.0))
+        return b.select(b.and_(positive, b.fcmp_ordered("<", args[0], infinite)), args[0], infinite)
+
+    return Floats(Floats), generate
+
+
+@intrinsic
 def magnitude_bits(typing, x):
     """The bits of |x| as whole numbers: in the order of the numbers, infinity and NaN above them."""
 

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from refllm.kernels.packed.lanes import HALF_FLOATS, WIDE, emit_join, emit_splat, emit_split, several
+from refllm.kernels.packed.lanes import HALF_FLOATS, WIDE, emit_join, emit_splat, emit_split, emit_together, several
 from refllm.kernels.packed.simd import (
     F32,
     F64,
@@ -372,22 +372,38 @@ def store_split(typing, high, low, value):
 
 
 @intrinsic
-def store_codes(typing, address, x, most):
-    """Sixteen whole numbers as bytes from -most to most, those beyond at the ends, NaN as 0; returns their sum."""
+def store_codes(typing, address, low, high, most):
+    """Thirty-two whole numbers as bytes from -most to most, those beyond at the ends, NaN as 0.
+
+    Returns their sums: of the first sixteen, of the others, and of all that are positive.
+    """
+    few, many = ir.VectorType(I8, LANES), ir.VectorType(I8, 2 * LANES)
 
     def generate(context, b, sig, args):
-        bytes_ = ir.VectorType(I8, LANES)
-        number = b.select(b.fcmp_ordered("==", args[1], args[1]), args[1], constant(Floats.llvm, 0.0))
-        # Beyond, by less than half, only where the scale was rounded to one of the smallest numbers there are.
-        whole, most = b.fptosi(number, Ints.llvm), emit_splat(b, b.trunc(args[2], I32))
-        whole = b.select(b.icmp_signed("<", whole, most), whole, most)
-        least = b.neg(most)
-        codes = b.trunc(b.select(b.icmp_signed(">", whole, least), whole, least), bytes_)
-        b.store(codes, b.inttoptr(args[0], bytes_.as_pointer()), align=1)
-        # Sums of unsigned bytes have an instruction on many processors.
-        unsigned = b.zext(b.xor(codes, constant(bytes_, -128)), Ints.llvm)
-        name = "llvm.vector.reduce.add.v16i32"
-        call = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [Ints.llvm]), name)
-        return b.sext(b.sub(b.call(call, [unsigned]), I32(128 * LANES)), I64)
+        address, low, high, most = args
+        most = emit_splat(b, b.trunc(most, I32))
+        least, zero = b.neg(most), constant(many, 0)
 
-    return types.intp(types.intp, Floats, types.intp), generate
+        def rounded(x):
+            number = b.select(b.fcmp_ordered("==", x, x), x, constant(Floats.llvm, 0.0))
+            # Beyond, by less than half, only where the scale was rounded to one of the smallest numbers there are.
+            whole = b.fptosi(number, Ints.llvm)
+            whole = b.select(b.icmp_signed("<", whole, most), whole, most)
+            return b.trunc(b.select(b.icmp_signed(">", whole, least), whole, least), few)
+
+        def total(codes, offset):
+            """Sums of unsigned bytes have an instruction on many processors."""
+            wide = ir.VectorType(I32, codes.type.count)
+            add = ir.FunctionType(I32, [wide])
+            call = cgutils.get_or_insert_function(b.module, add, f"llvm.vector.reduce.add.v{wide.count}i32")
+            unsigned = b.zext(b.xor(codes, constant(codes.type, offset)), wide)
+            return b.sext(b.sub(b.call(call, [unsigned]), I32(-offset * wide.count)), I64)
+
+        halves = rounded(low), rounded(high)
+        codes = emit_together(b, list(halves))
+        b.store(codes, b.inttoptr(address, many.as_pointer()), align=1)
+        positive = b.select(b.icmp_signed(">", codes, zero), codes, zero)
+        sums = [total(half, -128) for half in halves] + [total(positive, 0)]
+        return context.make_tuple(b, sig.return_type, sums)
+
+    return types.UniTuple(types.intp, 3)(types.intp, Floats, Floats, types.intp), generate

@@ -1,20 +1,33 @@
 """Numba text of the tile products of K-quants: levels, small integer scales, under a float16 one for SUPER columns."""
 
 from refllm.kernels.packed.compile import jitable
-from refllm.kernels.packed.laid_out import FLOAT, SHIFTS_AT, SUPER_WORDS, begins
+from refllm.kernels.packed.laid_out import FLOAT, PAIRS_AT, REACH_AT, SHIFTS_AT, SUPER_WORDS, TOKENS, begins
 from refllm.kernels.packed.lane_math import plus, times
 from refllm.kernels.packed.lane_memory import (
     load_halves,
     load_shared,
     load_signed,
     load_six,
+    load_tokens,
     load_unsigned,
+    load_whole,
+    prefetch,
+    room,
     splats,
     store_tokens,
     word,
 )
 from refllm.kernels.packed.lanes import every, zeros
-from refllm.kernels.packed.products import level_products, super_block_product, whole_zeros
+from refllm.kernels.packed.level_products import (
+    OPENED,
+    fits_pairs,
+    level_products,
+    open_super_block,
+    opened_product,
+    pair_words,
+    super_block_product,
+)
+from refllm.kernels.packed.products import block_products, whole_zeros
 from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, part_products
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
@@ -22,6 +35,8 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 def levels_text(form: Form, kind: int, n: int):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
     integers = kind != FLOAT
+    if integers and n == TOKENS and fits_pairs(form):
+        return _paired_text(form, n)
     above = SUPER // BLOCK
     code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
     x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
@@ -53,6 +68,73 @@ def levels_text(form: Form, kind: int, n: int):
                         level, lowest = level + level_bytes, lowest + low_bytes
                         some, steps, sums = some + x_bytes, steps + step_bytes, sums + sum_bytes
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)
+
+    return tile_product
+
+
+def _paired_text(form: Form, n: int):
+    """levels_text of many tokens with codes, where two blocks are multiplied by their levels at once (pair_words).
+
+    A super-block's levels are opened once for all panels, whose sums wait meanwhile.
+    """
+    above, line, block_bytes = SUPER // BLOCK, 4 * ROWS, form.block_bytes
+    ask = -(-above * block_bytes // (line * PANELS))  # lines of the next super-block's codes beside each panel
+    x_bytes, step_bytes, sum_bytes = n * BLOCK, above * 4 * n, 4 * n * SUPER_WORDS
+    level_bytes, low_bytes, top_bytes, together = above * ROWS, above * ROWS // 2, 2 * ROWS * form.tops, PANELS * n
+    add_products, (make_room, add_pair) = block_products(form, n, 1), pair_words(n)
+    open_levels, add_one = open_super_block(form), level_products(form, 0, n, begins=False)
+    scaled = opened_product(n)
+    most = 0x7FFF // ((1 << form.bits) - 1)  # a panel's reach up to which sums of codes times activations fit 16 bits
+
+    @jitable(forceinline=True)
+    def add_pairs(code, x, levels, shifts):
+        """The sum of a super-block in integers; addresses of the pairs of levels and of shifts."""
+        whole = whole_zeros(n)
+        for _ in range(above // 2):
+            first = add_products(whole_zeros(n), code, 0, x)
+            both = add_products(make_room(first), code + block_bytes, 0, x + x_bytes)
+            whole = add_pair(whole, both, levels, shifts)
+            code, x, levels, shifts = code + 2 * block_bytes, x + 2 * x_bytes, levels + line, shifts + 4 * n
+        return whole
+
+    @jitable(forceinline=True)
+    def add_blocks(code, x, levels, shifts):
+        """The same block by block; addresses of the levels as they are stored and of shifts."""
+        whole = whole_zeros(n)
+        for _ in range(above):
+            whole = add_one(whole, code, x, 0, levels, shifts)
+            code, x, levels, shifts = code + block_bytes, x + x_bytes, levels + ROWS, shifts + 4 * n
+        return whole
+
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
+        supers, opened, kept = word(weight, 4) // above, room(OPENED), room(together)
+        for start in range(0, panels, PANELS):
+            end = min(start + PANELS, panels)
+            for tile in range(first, last):
+                for panel in range(end - start):
+                    store_tokens(kept + panel * n * line, line, zeros(n))
+                for done in range(supers):
+                    at = tile * supers + done
+                    code, levels = codes + at * above * block_bytes, scale + at * level_bytes
+                    open_levels(opened, levels, low + at * low_bytes, tops + at * top_bytes)
+                    here, following = kept, code + above * block_bytes
+                    for panel in range(start, end):
+                        for _ in range(ask):
+                            prefetch(following)
+                            following += line
+                        at = panel * supers + done
+                        some, steps, sums = x + at * above * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                        if load_whole(sums + 4 * n * REACH_AT) <= most:
+                            whole = add_pairs(code, some, opened, sums + 4 * n * PAIRS_AT)
+                        else:
+                            whole = add_blocks(code, some, levels, sums + 4 * n * SHIFTS_AT)
+                        product = times(scaled(whole, opened, sums), splats(steps, n))
+                        store_tokens(here, line, plus(load_tokens(here, line, n), product))
+                        here += line * n
+                for panel in range(start, end):
+                    total = load_tokens(kept + (panel - start) * n * line, line, n)
+                    store_tokens(y + panel * n * stride + tile * line, stride, total)
 
     return tile_product
 

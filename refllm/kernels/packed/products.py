@@ -30,15 +30,13 @@ from refllm.kernels.packed.simd import (
     Floats,
     Ints,
     constant,
-    emit_half_to_float,
     shuffle,
     target_features,
 )
-from refllm.kernels.packed.tiling import BLOCK, PLANES, SUPER, Form
+from refllm.kernels.packed.tiling import BLOCK, PLANES, Form
 
 BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
-HALVES = ir.VectorType(I16, LANES)
 QUADS = BLOCK // 4  # fours of columns in a block
 X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
 ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
@@ -141,7 +139,7 @@ def emit_chosen(b: ir.IRBuilder, choices: list[ir.Value], index: ir.Value) -> ir
     return choices[0]
 
 
-def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+def emit_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
     """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
     if form == X86_BYTE_DOT:
         # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
@@ -150,7 +148,7 @@ def _add_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir
     if form == X86_BYTE_PAIRS:
         return b.add(total, _dot_by_pairs(b, codes, x))
     if form in (ARM_DOT, ARM_MIXED_DOT):
-        return _add_dot_by_quarters(b, form, total, codes, x)
+        return _dot_by_quarters(b, form, total, codes, x)
     eight = constant(SHORTS, 8)
     codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
     even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)
@@ -173,20 +171,20 @@ def _dot_by_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
     return emit_together(b, [b.call(fours, [b.call(pairs, half), constant(shorts, 1)]) for half in halves])
 
 
-def _add_dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
-    """_add_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
+def _dot_by_quarters(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """emit_dot by ARM's products of 128-bit vectors: signed by signed (codes below 128 are both), or mixed."""
     words, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
     call = emit_function(b, f"llvm.aarch64.neon.{form}.v4i32.v16i8", words, words, bytes_, bytes_)
     quarters = zip(emit_parts(b, total, 4), emit_parts(b, codes, 16), emit_parts(b, x, 16), strict=True)
     return emit_together(b, [b.call(call, quarter) for quarter in quarters])
 
 
-def _begin(b: ir.IRBuilder, address: ir.Value, n: int, begins: bool) -> list[ir.Value]:
+def emit_begin(b: ir.IRBuilder, address: ir.Value, n: int, begins: bool) -> list[ir.Value]:
     """What sums of n tokens begin with: the int32 at an address, or 0."""
     return [emit_splat(b, emit_load(b, address, 4 * i, I32)) if begins else constant(Ints.llvm, 0) for i in range(n)]
 
 
-def _add_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Value, sums: list) -> list[ir.Value]:
+def emit_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Value, sums: list) -> list[ir.Value]:
     """Sums and, added to them, code * x over some fours of columns: of the tokens of one tile, then of the next.
 
     codes : of each tile, the address of the block. Of several tiles the vectors of codes come one by one, or LLVM reads
@@ -200,13 +198,13 @@ def _add_dots(b: ir.IRBuilder, form: Form, quads: range, codes: list, x: ir.Valu
         of_tiles = [emit_code_quads(b, place, form, some) for place in codes]
         for number, quad in enumerate(some):
             for i in range(tokens):
-                four = _four(b, x, BLOCK * i + 4 * quad)
+                four = emit_four(b, x, BLOCK * i + 4 * quad)
                 for at, found in zip(range(i, len(sums), tokens), of_tiles, strict=True):
-                    sums[at] = _add_dot(b, dot_form(form.width), sums[at], found[number], four)
+                    sums[at] = emit_dot(b, dot_form(form.width), sums[at], found[number], four)
     return sums
 
 
-def _four(b: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+def emit_four(b: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
     """Four bytes behind an address, repeated in every lane."""
     return b.bitcast(emit_splat(b, emit_load(b, address, offset, I32)), BYTES)
 
@@ -224,7 +222,7 @@ def integer_products(form: Form, part: int, parts: int, n: int, begins: bool):
     def sums_of_products(typing, codes, x, begin):
         def generate(context, b, sig, args):
             codes, x, begin = args
-            sums = _add_dots(b, form, quads, [codes], x, _begin(b, begin, n, begins))
+            sums = emit_dots(b, form, quads, [codes], x, emit_begin(b, begin, n, begins))
             return emit_join(b, kind, [b.sitofp(total, Floats.llvm) for total in sums])
 
         return kind(types.intp, types.intp, types.intp), generate
@@ -247,7 +245,7 @@ def block_products(form: Form, n: int, tiles: int):
             total, codes, beside, x = args
             sums = [b.extract_value(total, i) for i in range(n)]
             places = [codes, b.add(codes, beside)][:tiles]
-            return emit_join(b, kind, _add_dots(b, form, range(QUADS), places, x, sums))
+            return emit_join(b, kind, emit_dots(b, form, range(QUADS), places, x, sums))
 
         return kind(kind, *[types.intp] * 3), generate
 
@@ -306,103 +304,6 @@ def whole_zeros(typing, n):
 
 
 @cache
-def level_products(form: Form, part: int, n: int, begins: bool):
-    """A word for levels: total + level * 2^shift * (sum of code * x over a part of a block), all of it integers.
-
-    Its arguments are n totals, the three addresses of integer_products, those of sixteen levels and of n shifts. The
-    total of a super-block stays below 2^30: 16 parts of 16 columns with codes to 32, levels to 128, shifts to 3 (Q6_K).
-    """
-    quads, kind = quads_of(part, form.parts), several(Ints, n)
-
-    @intrinsic
-    def add_level_products(typing, total, codes, x, begin, levels, shifts):
-        def generate(context, b, sig, args):
-            total, codes, x, begin, levels, shifts = args
-            sums = _add_dots(b, form, quads, [codes], x, _begin(b, begin, n, begins))
-            level = emit_load(b, levels, 0, ir.VectorType(I8, LANES))
-            if form.shared_levels:
-                level = b.lshr(b.zext(level, Ints.llvm), constant(Ints.llvm, 2))
-            else:
-                level = b.sext(level, Ints.llvm)
-            sums = [_shifted(b, some, emit_load(b, shifts, 4 * i, I32)) for i, some in enumerate(sums)]
-            return emit_join(b, kind, [b.add(b.extract_value(total, i), b.mul(level, sums[i])) for i in range(n)])
-
-        return kind(kind, *[types.intp] * 5), generate
-
-    return add_level_products
-
-
-def _shifted(b: ir.IRBuilder, value: ir.Value, count: ir.Value) -> ir.Value:
-    """Integers shifted left by one count. LLVM would shift all lanes by a register, which takes longer to fill."""
-    counts = emit_splat(b, count)
-    if "+avx512f" not in target_features():
-        return b.shl(value, counts)
-    return b.call(emit_function(b, "llvm.x86.avx512.psllv.d.512", *[Ints.llvm] * 3), [value, counts])
-
-
-@cache
-def super_block_product(form: Form, n: int):
-    """A word for levels: top * total - bottom top * (sum over parts of minimum level * sum of x), as floats.
-
-    Its arguments are the total of level_products and the addresses of the super-block's tops, levels, minimum levels
-    and sums.
-    """
-    kind, groups = several(Floats, n), SUPER // BLOCK * form.parts
-
-    @intrinsic
-    def scaled(typing, total, tops, levels, lowest, sums):
-        def generate(context, b, sig, args):
-            total, tops, levels, lowest, sums = args
-            times_top = lambda whole, at: b.fmul(
-                b.sitofp(whole, Floats.llvm), emit_half_to_float(b, emit_load(b, tops, at, HALVES))
-            )
-            made = [times_top(b.extract_value(total, i), 0) for i in range(n)]
-            if form.low == "levels":
-                fours = [_minimum_levels(b, form, levels, lowest, w) for w in range(groups // 4)]
-                minima = _minimum_sums(b, fours, sums, n)
-                made = [b.fsub(x, times_top(y, 2 * LANES)) for x, y in zip(made, minima, strict=True)]
-            return emit_join(b, kind, made)
-
-        return kind(total, *[types.intp] * 4), generate
-
-    return scaled
-
-
-def _minimum_levels(b: ir.IRBuilder, form: Form, levels: ir.Value, lowest: ir.Value, w: int) -> ir.Value:
-    """Minimum levels of groups 4 w to 4 w + 3, one of each, row by row."""
-    if form.shared_levels:
-        bits = lambda value, mask: b.and_(value, constant(Ints.llvm, mask))
-        few, low = emit_load(b, levels, 64 * w, Ints.llvm), emit_load(b, lowest, 0, Ints.llvm)
-        low, few = b.lshr(low, constant(Ints.llvm, 4 * w)), b.shl(few, constant(Ints.llvm, 4))
-        some = b.bitcast(b.or_(bits(few, 0x30303030), bits(low, 0x0F0F0F0F)), BYTES)
-    else:
-        some = emit_load(b, lowest, 64 * w, BYTES)
-    return shuffle(b, some, [LANES * c + r for r in range(LANES) for c in range(4)])
-
-
-def _minimum_sums(b: ir.IRBuilder, fours: list[ir.Value], sums: ir.Value, n: int) -> list[ir.Value]:
-    """Sum over the groups of a super-block of level * 2^shift * sum of x, the latter as two bytes (split_words)."""
-    words, first, minima = len(fours), split_words(4 * len(fours)), []
-    for i in range(n):  # token by token, or the sums of all of them need more registers than there are
-        high, low = constant(Ints.llvm, 0), constant(Ints.llvm, 0)
-        for w, some in enumerate(fours):
-            high = _add_dot(b, dot_form(6), high, some, _four(b, sums, 4 * (n * (first + w) + i)))
-            low = _add_dot(b, dot_form(6), low, some, _four(b, sums, 4 * (n * (first + words + w) + i)))
-        minima.append(b.add(b.shl(high, constant(Ints.llvm, 8)), low))
-    return minima
-
-
-def split_words(groups: int) -> int:
-    """Where, among the words of a super-block's sums, those of so many groups begin.
-
-    2^shift times the sum of codes takes two bytes, 256 high + low, so that it is multiplied as codes are. Four groups
-    share a word: words 0 and 1 have the high bytes of the 8 blocks, 2 and 3 the low ones, 4 to 7 and 8 to 11 those of
-    the 16 halves.
-    """
-    return 0 if groups == SUPER // BLOCK else 4
-
-
-@cache
 def picked_products(form: Form, part: int, n: int):
     """A word for 2:4: sums of (code - zero) * x over the kept columns of a half of a block, as floats: exact.
 
@@ -419,8 +320,8 @@ def picked_products(form: Form, part: int, n: int):
             for place, (some, where) in enumerate(zip(emit_code_quads(b, codes, form, quads), index, strict=True)):
                 for i in range(n):
                     picked = _pick_bytes(b, emit_load(b, x, BLOCK * i + 8 * place, ir.VectorType(I8, 8)), where)
-                    sums[i] = _add_dot(b, dot, sums[i], some, picked)
-                    of[i] = _add_dot(b, dot, of[i], constant(BYTES, 1), picked)
+                    sums[i] = emit_dot(b, dot, sums[i], some, picked)
+                    of[i] = emit_dot(b, dot, of[i], constant(BYTES, 1), picked)
             whole = lambda number: b.sitofp(number, Floats.llvm)
             differences = [emit_fma(b, b.fneg(zero), whole(y), whole(x)) for x, y in zip(sums, of, strict=True)]
             return emit_join(b, kind, differences)

@@ -29,7 +29,7 @@ def assembly(target, form, features):
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte] * 3), "f")
     b = ir.IRBuilder(function.append_basic_block())
     operands = [simd.load(b, p, kind) for p, kind in zip(function.args, KINDS, strict=True)]
-    b.store(products._add_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
+    b.store(products.emit_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
     b.ret_void()
     machine = target.create_target_machine(cpu="generic", features=features, opt=3)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))

@@ -39,7 +39,7 @@ GRIDS = {
 }
 FORMS = [*GGUF, *GRIDS]
 # Forms whose kernels for many tokens are compiled, too: four widths, each kind of scale and of what is subtracted.
-PANELS = {"Q4_1", "Q2_K", "Q6_K", "S4 float16", "A4 float32", "A3 float16", "S8 float16"}
+PANELS = {"Q4_1", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "S4 float16", "A4 float32", "A3 float16", "S8 float16"}
 
 
 def weights(form, rows, count, seed, largest):
@@ -257,6 +257,11 @@ def check_super_blocks(x, n):
             parts = np.ascontiguousarray(words[:tokens, :, :12]).view(np.int8).astype(int)
             assert np.array_equal(256 * parts[..., :8] + parts[..., 8:16], halves.sum(-1))
             assert np.array_equal(256 * parts[..., 16:32] + parts[..., 32:], halves.reshape(tokens, supers, 16))
+            first, second = shift.reshape(tokens, supers, 4, 2).transpose(3, 0, 1, 2)
+            assert np.array_equal(words[:tokens, :, 12:16], first << 16 | second)
+            blocks_ = np.resize(expected.astype(int), (tokens, supers, 8, 32))
+            reach = np.maximum(np.maximum(blocks_, 0).sum(-1), np.maximum(-blocks_, 0).sum(-1)).max(-1)
+            assert np.array_equal(words[::n, :, 16], [reach[i : i + n].max(0) for i in range(0, tokens, n)])
 
 
 @pytest.mark.parametrize("n", [1, TOKENS])
@@ -273,6 +278,48 @@ def test_activations_of_super_blocks_bit_for_bit(n, supers, kinds, seed, most):
         rng = np.random.default_rng(seed)
         x[:] = rng.choice([-1, 1], (len(x), 1)) * np.repeat(rng.choice([1, 0.5, 0.26, 0.1], 8 * supers), 32)
     check_super_blocks(x, n)
+
+
+def codes_of_reach(rng, most, sign, others):
+    """32 codes whose sum of one sign is `most`, and of the other -`others` at least."""
+    codes = np.zeros(32, int)
+    count = -(-most // 127)
+    codes[:count] = 127
+    codes[count - 1] -= 127 * count - most
+    rest = min(others, 127 * (32 - count))
+    codes[count:] = -rng.multinomial(rest, np.ones(32 - count) / (32 - count)).clip(0, 127)
+    return sign * rng.permutation(codes)
+
+
+@pytest.mark.parametrize("form, most", [("Q4_K", 2184), ("Q5_K", 1057)])
+@KERNEL
+@given(
+    rows=st.integers(1, 35),
+    beyond=st.lists(st.integers(-2, 2), min_size=2, max_size=2),
+    sign=st.sampled_from([1, -1]),
+    others=st.sampled_from([0, 1000, 3000]),
+    byte=st.sampled_from([None, 0, 255]),
+    seed=st.integers(0, 2**16),
+)
+def test_two_blocks_that_share_their_lanes(form, most, rows, beyond, sign, others, byte, seed):
+    """Codes times activations whose sums just fit 16 bits, or just not, beside others: the text's results anyway."""
+    rng = np.random.default_rng(seed)
+    weight = gguf_blocks(form, rows, 2, seed)
+    if byte is not None:  # all codes and levels the least, or the most
+        fields = weight.layout.layout.unpack(weight.data.reshape(rows, 2, -1))
+        for values in fields.values():
+            if values.dtype.kind != "f":
+                values[:] = values.max() if byte else 0
+        weight = GGUFBlocks(weight.layout.layout.pack(**fields).reshape(rows, -1), form, 512)
+    x = rng.integers(-60, 61, (TOKENS + 1, 2, 8, 32))
+    for super_, more in enumerate(beyond):
+        token, block = rng.integers(TOKENS), rng.integers(8)
+        x[:, super_, (block + 3) % 8, 0] = rng.choice([-1016, 1016], TOKENS + 1)  # so that every step is 1
+        x[token, super_, block] = codes_of_reach(rng, most + more, sign, others)
+    x = x.reshape(TOKENS + 1, 512).astype(np.float32)
+    y = tile_matmul(x, tiles_of(weight), SUPERS)
+    assert np.array_equal(y, reference.matmul_int8(x, weight))
+    assert np.array_equal(y, np.concatenate([tile_matmul(row[None], tiles_of(weight), SUPERS) for row in x]))
 
 
 def check_the_ends_of_integers(form, tokens):
@@ -463,8 +510,10 @@ def test_a_byte_product_is_one_instruction(bits, n):
 @vnni
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
 def test_the_sums_of_a_super_block_stay_in_registers(name):
-    """Of many tokens only the totals leave, once in eight blocks; all byte products read memory and repeat it."""
+    """Between the products of many tokens few vectors leave; all byte products read memory and repeat it."""
     text = assembly(form_of(gguf_blocks(name, 1, 1, 0)), TOKENS)
     dots = re.findall(r"vpdpbusd.*", text)
-    assert len(dots) == (8 + 4) * TOKENS and all("{1to16}" in dot for dot in dots)  # 4 for the minima
-    assert len(re.findall(SPILL, text)) <= 3 * TOKENS // 2
+    # Of two blocks together, of one alone where sums are too large for that, and of the minima.
+    assert len(dots) == (2 * 8 + 8 + 4) * TOKENS and all("{1to16}" in dot for dot in dots)
+    assert len(re.findall("vpdpwssd", text)) == TOKENS
+    assert len(re.findall(SPILL, text[text.index(dots[0]) :])) <= TOKENS
