@@ -24,7 +24,7 @@ from refllm.kernels.packed.reference import activation_block, row_blocks
 from refllm.kernels.packed.several import several_address
 from refllm.kernels.packed.sparse import Sparse24, SparseBitmask
 from refllm.kernels.packed.standing import run_job
-from refllm.kernels.packed.threads import division
+from refllm.kernels.packed.threads import division, thread_count
 from refllm.kernels.packed.tile_kernels import TILES, product_address
 from refllm.kernels.packed.tiled import tiles_of
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Tiles
@@ -79,16 +79,17 @@ class Together:
 
     def _call(self, n: int) -> tuple[int, int, np.ndarray | None]:
         """For panels of n tokens: the function's address, its first argument, and the array that lies there."""
-        if n not in self._calls:
-            kernels = [product_address(tiles.form, self.kind, n) for tiles in self.weights]
+        alone = n == 1 and thread_count() == 1
+        if (n, alone) not in self._calls:
+            kernels = [product_address(tiles.form, self.kind, n, alone) for tiles in self.weights]
             if len(kernels) == 1:
-                self._calls[n] = kernels[0], self.weights[0].address, None
+                self._calls[n, alone] = kernels[0], self.weights[0].address, None
             else:
                 each = zip(kernels, self.weights, self.columns, strict=True)
                 fields = [(kernel, tiles.address, 4 * at.start, tiles.tiles) for kernel, tiles, at in each]
                 table = np.array([len(fields), *chain(*fields)], np.int64)
-                self._calls[n] = several_address(), table.ctypes.data, table
-        return self._calls[n]
+                self._calls[n, alone] = several_address(), table.ctypes.data, table
+        return self._calls[n, alone]
 
     def products(self, x: np.ndarray) -> list[np.ndarray]:
         """x W^T for each of the weights.

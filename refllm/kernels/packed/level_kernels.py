@@ -32,7 +32,7 @@ from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, part_products
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
 
-def levels_text(form: Form, kind: int, n: int):
+def levels_text(form: Form, kind: int, n: int, asks: bool):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
     integers = kind != FLOAT
     if integers and n == TOKENS and fits_pairs(form):
@@ -42,10 +42,8 @@ def levels_text(form: Form, kind: int, n: int):
     x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
     sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
     low_levels = form.low == "levels"
-    add_super = (_integer_super if integers else _float_super)(form, n)
+    add_super = (_integer_super if integers else _float_super)(form, n, asks)
     low_bytes = level_bytes // (2 if form.shared_levels else 1) if low_levels else 0
-    streams = level_bytes, low_bytes, top_bytes
-    ask_levels, ask_lowest, ask_tops = (ask_ahead(size, code_bytes, n) for size in streams)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
@@ -60,9 +58,6 @@ def levels_text(form: Form, kind: int, n: int):
                     at = panel * supers
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
                     for _ in range(supers):
-                        ask_levels(level)
-                        ask_lowest(lowest)
-                        ask_tops(top)
                         total = add_super(total, code, level, lowest, top, some, steps, sums)
                         code, top = code + code_bytes, top + top_bytes
                         level, lowest = level + level_bytes, lowest + low_bytes
@@ -139,14 +134,14 @@ def _paired_text(form: Form, n: int):
     return tile_product
 
 
-def _float_super(form: Form, n: int):
+def _float_super(form: Form, n: int, asks: bool):
     """Adds the product of a super-block and float activations."""
     low_levels, two, block_bytes = form.low == "levels", form.parts == 2, form.block_bytes
     above, levels, offset, x_bytes, step_bytes, sum_bytes = (
         SUPER // BLOCK, ROWS * form.parts, form.offset, 4 * n * BLOCK, 4 * n, 12 * n,
     )  # fmt: skip
     add_first, add_second = (part_products(form, FLOAT, n, part) for part in (0, form.parts - 1))
-    ask_codes, shared = ask_ahead(block_bytes, block_bytes, n), form.shared_levels
+    ask_codes, shared = ask_ahead(block_bytes, n, asks), form.shared_levels
 
     @jitable(forceinline=True)
     def load_levels(level, lowest, block):
@@ -173,13 +168,13 @@ def _float_super(form: Form, n: int):
     return add_super
 
 
-def _integer_super(form: Form, n: int):
+def _integer_super(form: Form, n: int, asks: bool):
     """Adds the product of a super-block and codes with one scale: the scale times whole numbers times float16 ones."""
     above, levels, two, block_bytes = SUPER // BLOCK, ROWS * form.parts, form.parts == 2, form.block_bytes
     x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
     shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
     add_first, add_second = (level_products(form, part, n, begins(form, True)) for part in (0, form.parts - 1))
-    scaled, ask_codes = super_block_product(form, n), ask_ahead(block_bytes, block_bytes, n)
+    scaled, ask_codes = super_block_product(form, n), ask_ahead(block_bytes, n, asks)
 
     @jitable(forceinline=True)
     def add_super(total, code, level, lowest, top, x, steps, sums):

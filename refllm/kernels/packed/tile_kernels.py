@@ -43,26 +43,27 @@ TILES = 2 if TOKENS == 12 else 1  # side by side then; 24 sums in 32 registers
 FIELDS = 11
 
 
-def product_text(form: Form, kind: int, n: int):
+def product_text(form: Form, kind: int, n: int, asks: bool = True):
     """y = x W^T for the tiles first <= tile < last, where all groups have one scale of their own (no levels).
 
     With a scale per token, the sums are multiplied with it at the end.
 
-    weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart.
+    weight : address of FIELDS words. y : address of float32 [token, row], rows `stride` bytes apart. asks : whether
+    codes are asked for ahead (tile_runs.AHEAD).
     """
     if form.scale == "levels":
-        return levels_text(form, kind, n)
+        return levels_text(form, kind, n, asks)
     if form.layout == "bitmask":
         return _bitmask_text(form, n)
     if form.layout == "blocks":
-        return _blocks_text(form, kind, n)
+        return _blocks_text(form, kind, n, asks)
     if form.layout == "vectors":
         return _vectors_text(form, n)
     if is_summed(form, kind):
-        return _summed_text(form, n)
+        return _summed_text(form, n, asks)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     block_bytes, (scale_bytes, low_bytes), wide = form.block_bytes, group_bytes(form), wide_blocks(form)
-    add_run, load_table, factor = run_of_blocks(form, kind, n), table_loader(form), form.scale == "ue4m3"
+    add_run, load_table, factor = run_of_blocks(form, kind, n, asks), table_loader(form), form.scale == "ue4m3"
     per_token = kind == TOKEN
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
@@ -86,7 +87,7 @@ def product_text(form: Form, kind: int, n: int):
     return tile_product
 
 
-def _summed_text(form: Form, n: int):
+def _summed_text(form: Form, n: int, asks: bool):
     """product_text beside a scale per token, where integers are summed over SUMMED blocks.
 
     So long the codes of one tile, or of two that share what is read of activations, stay in the first-level cache and
@@ -95,7 +96,7 @@ def _summed_text(form: Form, n: int):
     tiles = TILES if n > 1 else 1
     values, together, x_bytes, step_bytes, sum_bytes = n * tiles, PANELS * n * tiles, n * BLOCK, 4 * n, 12 * n
     block_bytes, (scale_bytes, low_bytes), line = form.block_bytes, group_bytes(form), 4 * ROWS
-    add_run, two = run_of_sums(form, values, tiles), tiles == 2
+    add_run, two = run_of_sums(form, values, tiles, asks), tiles == 2
 
     @jitable
     def store_one(y, stride, total, beside):
@@ -159,12 +160,12 @@ def _next_blocks(done, blocks, per):
     return 1, min(SUMMED, per - done % per)
 
 
-def _blocks_text(form: Form, kind: int, n: int):
+def _blocks_text(form: Form, kind: int, n: int, asks: bool):
     """product_text where whole blocks are left out: each tile meets its kept ones."""
     integers, per_token = kind != FLOAT, kind == TOKEN
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (1 if integers else 4), 4 * n, 12 * n
     block_bytes, (scale_bytes, low_bytes), summed = form.block_bytes, group_bytes(form), is_summed(form, kind)
-    add_run, load_table = run_of_blocks(form, kind, n), table_loader(form)
+    add_run, load_table = run_of_blocks(form, kind, n, asks), table_loader(form)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
@@ -244,11 +245,11 @@ def _vectors_text(form: Form, n: int):
 
 
 @cache
-def product_address(form: Form, kind: int, n: int) -> int:
+def product_address(form: Form, kind: int, n: int, alone: bool = True) -> int:
     """Address of the compiled product: void(weight, x, x_scale, x_sums, y, stride, panels, first, last).
 
-    kind : of activations; 4 bits make no difference.
+    kind : of activations; 4 bits make no difference. alone : whether one thread reads memory.
     """
-    kind &= ~FOUR
-    key = f"_{form.key}_{('float', 'blocks', 'token', 'supers')[kind]}_{n}"
-    return compile_address(product_text(form, kind, n), types.void(*[types.intp] * 9), key)
+    asks, kind = n == 1 and alone, kind & ~FOUR
+    key = f"_{form.key}_{('float', 'blocks', 'token', 'supers')[kind]}_{n}{'_asks' * asks}"
+    return compile_address(product_text(form, kind, n, asks), types.void(*[types.intp] * 9), key)

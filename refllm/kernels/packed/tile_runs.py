@@ -32,21 +32,22 @@ from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
 from refllm.kernels.packed.tiling import BLOCK, ROWS, Form
 
 # Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
-# page of 4096 bytes, so what lies in the next one is asked for.
+# page of 4096 bytes, so what lies in the next one is asked for: of codes, since a line of scales lasts for several
+# blocks; and where one thread reads, since several get all that memory gives without, and 3 % less with it.
 AHEAD = 4096
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
 
 
-def ask_ahead(stream_bytes: int, block_bytes: int, n: int):
-    """Asks for what will be read AHEAD bytes of codes later, of a stream of `stream_bytes` a block; for one token."""
-    away = AHEAD // block_bytes * stream_bytes if n == 1 else 0
+def ask_ahead(block_bytes: int, n: int, asks: bool):
+    """Asks for the codes of a block that will be read AHEAD bytes later; for one token, if at all."""
+    away = AHEAD // block_bytes * block_bytes if n == 1 and asks else 0
 
     @jitable
     def ask_ahead(address):
         if away:
-            for line in range(0, stream_bytes, 64):
+            for line in range(0, block_bytes, 64):
                 prefetch(address + away + line)
 
     return ask_ahead
@@ -149,21 +150,20 @@ def _lows(form: Form) -> tuple[bool, bool]:
     return form.low == "zero", form.low == "minimum"
 
 
-def run_of_blocks(form: Form, kind: int, n: int):
+def run_of_blocks(form: Form, kind: int, n: int, asks: bool):
     """Adds the products of consecutive blocks of a row of tiles.
 
     Of 2:4 the halves of a block of kept columns meet one block of activations each; the last may have one half only.
     """
     if is_summed(form, kind):
-        return run_of_sums(form, n, 1)
+        return run_of_sums(form, n, 1, asks)
     block_bytes, parts, pairs, wide = form.block_bytes, form.parts, form.layout == "pairs", wide_blocks(form)
     group_scale, group_low = group_bytes(form)
     two, scale_bytes, low_bytes, load_group = parts == 2, group_scale // parts, group_low // parts, _group_loader(form)
     minimum, offset = form.low == "minimum", form.offset
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     add_first, add_second = (part_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
-    streams = block_bytes, group_scale, group_low if any(_lows(form)) else 0
-    ask_codes, ask_scale, ask_low = (ask_ahead(size, block_bytes, n) for size in streams)
+    ask_codes = ask_ahead(block_bytes, n, asks)
 
     @jitable(forceinline=True)
     def add_run(total, groups, per, left, code, scale, low, x, steps, sums, table):
@@ -173,8 +173,6 @@ def run_of_blocks(form: Form, kind: int, n: int):
         """
         for _ in range(groups):
             s, m = load_group(scale, low)
-            ask_scale(scale)
-            ask_low(low)
             for _ in range(per):
                 ask_codes(code)
                 step = splats(steps, n)
@@ -211,7 +209,7 @@ def is_summed(form: Form, kind: int) -> bool:
     return kind == TOKEN and form.layout in ("", "blocks") and form.parts == 1
 
 
-def run_of_sums(form: Form, n: int, tiles: int):
+def run_of_sums(form: Form, n: int, tiles: int, asks: bool):
     """run_of_blocks beside a scale per token: of `tiles` tiles, with n / tiles tokens each.
 
     SUMMED blocks under one scale are summed in integers.
@@ -220,10 +218,8 @@ def run_of_sums(form: Form, n: int, tiles: int):
         form.block_bytes, n // tiles, _group_loader(form), group_bytes(form),
     )  # fmt: skip
     x_bytes, sum_bytes, from_zero, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, begins(form, True), _lows(form)
-    low_read = group_low if own_zero or minimum else 0
-    add_products, streams = block_products(form, n, tiles), (block_bytes, group_scale, low_read)
+    add_products, ask_codes = block_products(form, n, tiles), ask_ahead(block_bytes, n, asks)
     add_sums, store_sums_of_x = sum_words(tokens, from_zero)
-    ask_codes, ask_scale, ask_low = (ask_ahead(size, block_bytes, n) for size in streams)
     needs_sums, two = own_zero or minimum or from_zero, tiles == 2
 
     @jitable
@@ -255,8 +251,6 @@ def run_of_sums(form: Form, n: int, tiles: int):
         place = room(1)
         for _ in range(groups):
             s, m = load_groups(scale, low, scale_beside, low_beside)
-            ask_scale(scale)
-            ask_low(low)
             for done in range(0, per, SUMMED):
                 whole, of, left = whole_zeros(n), nothing(), min(SUMMED, per - done)
                 while True:  # at least once, or LLVM converts the sums at every turn
