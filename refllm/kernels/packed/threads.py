@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
+from time import perf_counter
 from weakref import WeakKeyDictionary
 
 MINIMUM_WORK = 1 << 21  # weights per thread below which a hand-over (about 50 us) costs more than it saves
@@ -18,6 +19,8 @@ SLICES = 8  # for each thread
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 # Threads of each pool, by the system's numbers.
 _known: WeakKeyDictionary[ThreadPoolExecutor, set[int]] = WeakKeyDictionary()
+LATE, FREE = 0.001, 100  # seconds after which who was woken comes late; tasks that then begin wherever the system likes
+_free: WeakKeyDictionary[ThreadPoolExecutor, int] = WeakKeyDictionary()  # how many tasks of a pool still do
 
 
 def thread_count() -> int:
@@ -79,16 +82,21 @@ def begin_on(threads: ThreadPoolExecutor, task: Callable[[], object]) -> Future:
     """Begin a task on one of these threads, beside the calling one.
 
     Linux may wake a thread where the one runs that woke it, and leave both there for many milliseconds while another
-    processor has nothing to do. So nobody who may be woken is let onto this processor until he runs.
+    processor has nothing to do. So nobody who may be woken is let onto this processor until he runs. Where that makes
+    him late the others are busy with other programs, and half of this one is better: for a while he may come here.
     """
-    here, known = processor(), _known.setdefault(threads, set())
-    if here is None:
+    here, known, free = processor(), _known.setdefault(threads, set()), _free.get(threads, 0)
+    if here is None or free:
+        _free[threads] = max(0, free - 1)
         return threads.submit(task)
+    begun = perf_counter()
     allowed = os.sched_getaffinity(0)  # of this thread
     for thread in tuple(known):
         _keep_to(thread, allowed - {here})
 
     def elsewhere():
+        if perf_counter() - begun > LATE and threading.get_native_id() in known:  # a thread that is made takes longer
+            _free[threads] = FREE
         known.add(threading.get_native_id())
         if processor() == here:  # the first time
             _keep_to(0, allowed - {here})

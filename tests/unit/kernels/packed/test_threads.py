@@ -81,6 +81,21 @@ def test_who_may_be_woken_is_kept_off_the_callers_processor(monkeypatch):
 
 
 @pytest.mark.skipif(threads.processor() is None, reason="the system does not tell the processor")
+def test_who_comes_late_may_come_to_the_callers_processor_for_a_while(monkeypatch):
+    kept = [0]
+    monkeypatch.setattr(threads, "_keep_to", lambda thread, processors: kept.append(thread))
+    monkeypatch.setattr(threads, "LATE", -1.0)
+    monkeypatch.setattr(threads, "FREE", 2)
+    with ThreadPoolExecutor(1) as workers:
+        counts = []
+        for _ in range(6):
+            threads.begin_on(workers, int).result()
+            counts.append(len(kept))
+    # The thread is made; it comes late; it is let be twice; it comes late again.
+    assert np.diff([1, *counts]).astype(bool).tolist() == [True, True, False, False, True, False]
+
+
+@pytest.mark.skipif(threads.processor() is None, reason="the system does not tell the processor")
 def test_one_processor_is_enough():
     allowed = os.sched_getaffinity(0)
     try:
