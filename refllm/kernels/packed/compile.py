@@ -22,6 +22,7 @@ import llvmlite.binding as llvm
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.runtime import rtsys
 from numba.extending import register_jitable
 
 from refllm import __version__
@@ -112,13 +113,24 @@ def _announced(name: str, kept: Path | None):
 
 
 class _NamedCache(FunctionCache):
-    """Numba's cache, but for the hash of what a text's closure holds: words among it hash differently in every process.
-
-    The folder's name says it instead: all sources, and the key that the caller gives each text made from others.
-    """
+    """Numba's cache, but for what its key hashes and what a load imports."""
 
     def _index_key(self, signature, codegen):
+        """Numba's, but for the hash of what a text's closure holds: words among it hash differently in every process.
+
+        The folder's name says it instead: all sources, and the key that the caller gives each text made from others.
+        """
         return signature, codegen.magic_tuple()
+
+    def load_overload(self, sig, target_context):
+        """Numba's, but for `target_context.refresh()`: it imports the whole compiler and SciPy's linear algebra.
+
+        That is 60 MB and a third of a second, which nothing needs unless it compiles (who compiles calls it itself).
+        Machine code needs the runtime.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def jitable(function: Callable | None = None, **options) -> Callable:
