@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,14 @@ from refllm.evaluate.perplexity import check_window, plan
 from refllm.evaluate.recall import ITEMS, prompts, questions, share_found
 from refllm.formats.process import child_environment
 from refllm.kernels.packed.threads import thread_count
-from refllm.methods.apply import check, compress, needs_calibration
+from refllm.methods.apply import check, compress, needs_calibration, with_activations
 from refllm.methods.recipes import parse
 from refllm.model.model import Model
 from refllm.model.native import save_native
+from refllm.model.sample import generate_ids
 
 DEFAULT_WINDOW = 512
+WARM_UP = 16  # tokens of a prompt for which every kernel is needed
 DEFAULT_TOKENS = 4096
 CALIBRATION_TOKENS = 4096
 # One recipe of every family and the classic contrasts: bits against groups, masks against ranks, weights against cache.
@@ -274,11 +277,23 @@ def _measured(model: Model, recipes, setting: Setting, given: dict, leave_out, o
                 continue
             try:
                 small = compress(base, recipe, setting.calibration if needs_calibration(recipe) else None)
+                _compile(small, setting)
                 row = _measure(small, recipe, setting, folder)
             except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
                 leave_out(recipe, error)
                 continue
             yield row
+
+
+def _compile(model: Model, setting: Setting) -> None:
+    """Compile the kernels of a model, so that the process that measures it finds them in the cache.
+
+    Else the first time its peak memory would be the compiler's, up to a hundred megabytes more. What a model does not
+    take is that process's to say.
+    """
+    with suppress(ValueError):
+        for _ in generate_ids(with_activations(model, setting.activations), setting.ids[:WARM_UP], 2, stop_ids=()):
+            pass
 
 
 def _with_recall(row: dict, asked: dict, tokenizer) -> dict:

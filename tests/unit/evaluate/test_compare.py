@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +74,33 @@ def test_a_cache_method_shows_in_bytes_and_in_quality(result):
 
 def test_peak_memory_is_that_of_a_process_of_its_own(result):
     assert all(15e6 < row["peak_rss_bytes"] < 1e9 for row in result["rows"])
+
+
+_WITHOUT_KERNELS = """
+import numpy as np
+from refllm.evaluate import compare as comparing
+from refllm.kernels.packed.compile import kernel_folder
+from tests.models import random_model
+run, grown = comparing._run_worker, []
+def watched(*args):
+    kept = lambda: sorted(kernel_folder().rglob("*.nbc"))
+    before = kept()
+    row = run(*args)
+    grown.append((len(before), kept() == before))
+    return row
+comparing._run_worker = watched
+model, ids = random_model("llama"), np.random.default_rng(2).integers(3, 64, 400)
+comparing.compare(model, ["rtn:bits=8,group=16"], comparing.setting(model, ids, max_tokens=260))
+print(grown)
+assert grown[1][0] > 3 and grown[1][1]
+"""
+
+
+def test_kernels_are_compiled_before_a_model_is_measured(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "REFLLM_"))}
+    environment |= {"REFLLM_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_KERNELS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_recipe_the_model_cannot_take_does_not_stop_the_others(result):
