@@ -39,7 +39,6 @@ from refllm.model.native import save_native
 from refllm.model.sample import generate_ids
 
 DEFAULT_WINDOW = 512
-WARM_UP = 16  # tokens of a prompt for which every kernel is needed
 DEFAULT_TOKENS = 4096
 CALIBRATION_TOKENS = 4096
 # One recipe of every family and the classic contrasts: bits against groups, masks against ranks, weights against cache.
@@ -292,7 +291,8 @@ def _compile(model: Model, setting: Setting) -> None:
     take is that process's to say.
     """
     with suppress(ValueError):
-        for _ in generate_ids(with_activations(model, setting.activations), setting.ids[:WARM_UP], 2, stop_ids=()):
+        prompt = setting.ids[: setting.prompt_tokens]  # some kernels are for long ones
+        for _ in generate_ids(with_activations(model, setting.activations), prompt, 2, stop_ids=()):
             pass
 
 
