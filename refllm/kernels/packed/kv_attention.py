@@ -21,10 +21,10 @@ import numpy as np
 from numba import types
 
 from refllm.kernels.packed.compile import compile_address, compile_kernel, jitable
+from refllm.kernels.packed.lane_codes import codes_run
 from refllm.kernels.packed.lane_math import fma, narrow, times
 from refllm.kernels.packed.lane_memory import (
     add_widened,
-    codes_run,
     double_grid,
     load_double,
     load_float,

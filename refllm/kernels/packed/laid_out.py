@@ -25,6 +25,7 @@ from numba import types
 
 from refllm.kernels.packed.activations import SHIFTS
 from refllm.kernels.packed.compile import compile_address, jitable
+from refllm.kernels.packed.lane_codes import store_codes, store_split
 from refllm.kernels.packed.lane_math import (
     divide,
     lane_sum,
@@ -40,10 +41,8 @@ from refllm.kernels.packed.lane_memory import (
     load_whole,
     prefetch,
     room,
-    store_codes,
     store_float,
     store_floats,
-    store_split,
     store_whole,
 )
 from refllm.kernels.packed.lanes import every, splat

@@ -8,8 +8,8 @@ Kernels work on several tokens at once; a value of type Several(vector, n) is n 
 struct, LLVM registers. Sums that must not depend on their order are taken in float64: sixteen floats widened are
 Several(Doubles, 2).
 
-Here are the types, and words that repeat vectors and put them in order; lane_memory.py reads and writes them,
-lane_math.py computes.
+Here are the types, and words that repeat vectors and put them in order; lane_memory.py and lane_codes.py read and write
+them, lane_math.py computes.
 """
 
 from functools import cache

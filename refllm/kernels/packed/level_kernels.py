@@ -2,14 +2,11 @@
 
 from refllm.kernels.packed.compile import jitable
 from refllm.kernels.packed.laid_out import FLOAT, PAIRS_AT, REACH_AT, SHIFTS_AT, SUPER_WORDS, TOKENS, begins
+from refllm.kernels.packed.lane_codes import load_shared, load_signed, load_six, load_unsigned
 from refllm.kernels.packed.lane_math import plus, times
 from refllm.kernels.packed.lane_memory import (
     load_halves,
-    load_shared,
-    load_signed,
-    load_six,
     load_tokens,
-    load_unsigned,
     load_whole,
     prefetch,
     room,

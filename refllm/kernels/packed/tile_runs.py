@@ -7,13 +7,11 @@ from refllm.kernels.packed.base import RUN
 from refllm.kernels.packed.compile import jitable
 from refllm.kernels.packed.float_products import float_products, sixteen_in_registers
 from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, TOKEN, TOKENS, begins
+from refllm.kernels.packed.lane_codes import load_powers, load_ue4m3, load_unsigned
 from refllm.kernels.packed.lane_math import fma, minus_product, plus, times
 from refllm.kernels.packed.lane_memory import (
     load_floats,
     load_halves,
-    load_powers,
-    load_ue4m3,
-    load_unsigned,
     prefetch,
     room,
     splats,

@@ -9,7 +9,8 @@ from numba import types
 from refllm.formats.bits import pack_bits
 from refllm.kernels.attention import attend
 from refllm.kernels.packed.compile import compile_kernel
-from refllm.kernels.packed.lane_memory import codes_run, store_tokens
+from refllm.kernels.packed.lane_codes import codes_run
+from refllm.kernels.packed.lane_memory import store_tokens
 from refllm.kernels.packed.lanes import in_order
 from refllm.methods.kvcache.kivi import KiviStore
 from tests.strategies import KERNEL, gamma
