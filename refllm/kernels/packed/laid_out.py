@@ -57,6 +57,7 @@ TOKENS = 12 if "+avx512f" in target_features() else 6
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
 KINDS = 3  # bits of a kind
+SMALLEST = np.float32(0.5**SHIFTS)  # what the step of a super-block's largest number is multiplied with: shift 0
 ABOVE = SUPER // BLOCK
 HALVES_AT, PAIRS_AT, REACH_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 12, 16, 24, 32
 
@@ -118,7 +119,7 @@ def _store_sums(sums, n, first, second):
 def _lay_super(source, known, n, most, offset, x, x_scale, sums):
     """A super-block of one token; returns its reach. reference: quantize_shifted."""
     amax = _amax(source, SUPER) if known else np.float32(0)
-    scale = amax / np.float32(most) * np.float32(0.5**SHIFTS)
+    scale = amax / np.float32(most) * SMALLEST
     steps, shifts, reach = room(1), sums + 4 * n * SHIFTS_AT, 0
     for block in range(ABOVE):  # of all blocks first, or each waits for the one before
         own, shift = _amax(source + 4 * BLOCK * block, BLOCK) if known else np.float32(0), SHIFTS
