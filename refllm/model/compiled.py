@@ -154,6 +154,7 @@ class Compiled:
         self.model, self.cache = model, cache
         config = model.config
         self._kept = []  # whatever an address points to
+        self._work = sum(int(np.prod(model.weights[name].shape)) for name in _linears(model))
         self._most = _padded(max(_widths(config).values()))
         self._meeting = self._address(new_meeting())
         self._x, self._buffers = self._new_buffers(1)
@@ -177,7 +178,6 @@ class Compiled:
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size, gelu,
         )  # fmt: skip
         self._numbers = tuple(map(float, (config.norm_eps, config.score_scale, config.attention_softcap or 0)))
-        self._work = sum(int(np.prod(model.weights[name].shape)) for name in _linears(model))
 
     def decode(self, token: int) -> np.ndarray:
         """Logits (V,) float32, before any soft-cap, of the token that follows what the cache has seen."""
@@ -372,7 +372,7 @@ class Compiled:
         if activations in BITS and has_codes(weight):
             kind = rounded_kind(activation_block(weight), BITS[activations])
         self._kept.append(made)
-        kernel = product_address(made.form, kind, n)
+        kernel = product_address(made.form, kind, n, alone=self._threads(1) == 1)
         return self._address(made.table), kernel, laid_kind(made.form, kind), tiles
 
     def _address(self, array: np.ndarray) -> int:

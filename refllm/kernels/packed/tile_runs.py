@@ -31,8 +31,10 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, Form
 
 # Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
 # page of 4096 bytes, so what lies in the next one is asked for: of codes, since a line of scales lasts for several
-# blocks; and where one thread reads, since several get all that memory gives without, and 3 % less with it.
-AHEAD = 4096
+# blocks; and where one thread reads, since several get all that memory gives without, and 3 % less with it. Two pages
+# ahead: behind the end of a weight of a few hundred kilobytes are the codes of the next (tiled.py), which come while a
+# token passes norms and attention.
+AHEAD = 8192
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}

@@ -157,7 +157,8 @@ def _code_form(weight: CodeWeight) -> Form | None:
 
 SHARED = 32 << 20  # bytes that small arrays are cut from
 LINE, LARGE_PAGE = 64, 2 << 20  # bytes, of a cache and of memory
-_shared, _sharing = np.empty(0, np.uint8), threading.Lock()
+CODES, BESIDE = 0, 1
+_shared, _sharing = [np.empty(0, np.uint8)] * 2, threading.Lock()  # what is left of two large arrays
 _made: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -180,7 +181,10 @@ def _tile(weight, form: Form) -> Tiles:
             forget_pages(weight.data[ids])  # of a file: they can be read again
         if made is None:
             tiles = -(-weight.shape[0] // ROWS)
-            made = [None if part is None else _room((tiles, *part.shape[1:]), part.dtype) for part in parts]
+            made = [
+                None if part is None else _room((tiles, *part.shape[1:]), part.dtype, BESIDE if i else CODES)
+                for i, part in enumerate(parts)
+            ]
         for whole, part in zip(made, parts, strict=True):
             if part is not None:
                 whole[ids.start // ROWS : ids.start // ROWS + len(part)] = part
@@ -194,21 +198,21 @@ def _tile(weight, form: Form) -> Tiles:
     return Tiles(form, codes, scale, low, tops, weight.shape, per, values, factor)
 
 
-def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array; small ones are cut from a large one that they share.
+def _room(shape: tuple[int, ...], dtype: np.dtype, of: int) -> np.ndarray:
+    """An uninitialised array; small ones are cut from a large one that they share, CODES from one, BESIDE from another.
 
     NumPy asks for large pages for arrays of 4 MB and more. Within 4 KB pages the processor reads ahead no further than
     to the end of each, and a model of many small weights comes from memory a fifth more slowly. So arrays begin where a
-    large page does.
+    large page does. Codes follow each other in the order in which weights are made, which is that of a decoded token:
+    what a product asks for behind its last codes (tile_runs.AHEAD) are the first of the next.
     """
-    global _shared
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes > SHARED // 4:
         return _large(nbytes).view(dtype).reshape(shape)
     with _sharing:
-        if nbytes > _shared.size:
-            _shared = _large(SHARED)
-        mine, _shared = _shared[:nbytes], _shared[-(-nbytes // LINE) * LINE :]
+        if nbytes > _shared[of].size:
+            _shared[of] = _large(SHARED)
+        mine, _shared[of] = _shared[of][:nbytes], _shared[of][-(-nbytes // LINE) * LINE :]
     return mine.view(dtype).reshape(shape)
 
 

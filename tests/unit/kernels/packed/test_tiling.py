@@ -229,3 +229,10 @@ def test_the_table_holds_the_addresses_of_the_arrays():
     assert all(a.flags.c_contiguous and a.flags.aligned for a in (tiles.codes, tiles.scale, tiles.low, tiles.tops))
     symmetric = tiles_of(int_weight(SymmetricGrid(4, 64), 3, 128, 0))
     assert symmetric.table[2:6].tolist() == [0, 0, 4, 2]
+
+
+def test_codes_of_small_weights_follow_each_other_in_the_order_in_which_they_are_made(monkeypatch):
+    monkeypatch.setattr(tiled, "_shared", [np.empty(0, np.uint8)] * 2)
+    made = [tiles_of(gguf_blocks("Q4_0", rows, 4, rows)) for rows in (16, 48, 16)]
+    at = [tiles.codes.ctypes.data for tiles in made]
+    assert np.diff(at).tolist() == [tiles.codes.nbytes for tiles in made[:2]] == [16 * 64, 48 * 64]
