@@ -28,6 +28,8 @@ from refllm.kernels.packed.products import block_products, whole_zeros
 from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, part_products
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
+NEAR = 9 << 16  # bytes of codes of activations that stay in the second-level cache beside all else
+
 
 def levels_text(form: Form, kind: int, n: int, asks: bool):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
@@ -70,7 +72,6 @@ def _paired_text(form: Form, n: int):
     A super-block's levels are opened once for all panels, whose sums wait meanwhile.
     """
     above, line, block_bytes = SUPER // BLOCK, 4 * ROWS, form.block_bytes
-    ask = -(-above * block_bytes // (line * PANELS))  # lines of the next super-block's codes beside each panel
     x_bytes, step_bytes, sum_bytes = n * BLOCK, above * 4 * n, 4 * n * SUPER_WORDS
     level_bytes, low_bytes, top_bytes, together = above * ROWS, above * ROWS // 2, 2 * ROWS * form.tops, PANELS * n
     add_products, (make_room, add_pair) = block_products(form, n, 1), pair_words(n)
@@ -101,15 +102,22 @@ def _paired_text(form: Form, n: int):
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
         supers, opened, kept = word(weight, 4) // above, room(OPENED), room(together)
-        for start in range(0, panels, PANELS):
-            end = min(start + PANELS, panels)
+        some_panels = _panels_together(panels, supers * above * x_bytes)
+        for start in range(0, panels, some_panels):
+            end = min(start + some_panels, panels)
+            ask = -(-above * block_bytes // (line * (end - start)))  # lines of the next super-block's codes beside each
             for tile in range(first, last):
                 for panel in range(end - start):
                     store_tokens(kept + panel * n * line, line, zeros(n))
                 for done in range(supers):
                     at = tile * supers + done
                     code, levels = codes + at * above * block_bytes, scale + at * level_bytes
-                    open_levels(opened, levels, low + at * low_bytes, tops + at * top_bytes)
+                    lowest, top = low + at * low_bytes, tops + at * top_bytes
+                    open_levels(opened, levels, lowest, top)
+                    prefetch(levels + level_bytes)  # of the next super-block, as its codes below
+                    prefetch(levels + level_bytes + line)
+                    prefetch(lowest + low_bytes)
+                    prefetch(top + top_bytes)
                     here, following = kept, code + above * block_bytes
                     for panel in range(start, end):
                         for _ in range(ask):
@@ -129,6 +137,17 @@ def _paired_text(form: Form, n: int):
                     store_tokens(y + panel * n * stride + tile * line, stride, total)
 
     return tile_product
+
+
+@jitable
+def _panels_together(panels, panel_bytes):
+    """How many of the panels meet a super-block at once: equal shares, of PANELS or what NEAR has room for.
+
+    Where it has none for half of PANELS, activations come from further away however few they are.
+    """
+    fit = NEAR // panel_bytes
+    most = min(fit, PANELS) if 2 * fit >= PANELS else PANELS
+    return -(-panels // -(-panels // most))
 
 
 def _float_super(form: Form, n: int, asks: bool):

@@ -71,13 +71,17 @@ def product_text(form: Form, kind: int, n: int, asks: bool = True):
         blocks, per = word(weight, 4), word(weight, 5)
         groups = (blocks + wide - 1) // wide // per
         for start in range(0, panels, PANELS):
+            end = min(start + PANELS, panels)
+            step = -(-block_bytes // (end - start))
             for tile in range(first, last):
                 table, group = load_table(weight, tile), tile * groups
                 code, s, m = codes + group * per * block_bytes, scale + group * scale_bytes, low + group * low_bytes
-                for panel in range(start, min(start + PANELS, panels)):
+                following = code + groups * per * block_bytes
+                for panel in range(start, end):
                     at = panel * blocks
                     some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
-                    total = add_run(zeros(n), groups, per, blocks, code, s, m, some, steps, sums, table)
+                    ask = following + (panel - start) * groups * per * step, step
+                    total = add_run(zeros(n), groups, per, blocks, code, s, m, some, steps, sums, table, ask)
                     if per_token:
                         total = times(total, splats(steps, n))
                     if factor:
@@ -138,7 +142,7 @@ def _summed_text(form: Form, n: int, asks: bool):
                         at = panel * blocks + done
                         total = load_tokens(here, line, values) if done else zeros(values)
                         numbers, sums = x + at * x_bytes, x_sums + at * sum_bytes
-                        total = add_run(total, some, each, beside, code, s, m, numbers, 0, sums, 0)
+                        total = add_run(total, some, each, beside, code, s, m, numbers, 0, sums, 0, (0, 0))
                         store_tokens(here, line, total)
                         here += line * values
                     done += some * each
@@ -186,7 +190,7 @@ def _blocks_text(form: Form, kind: int, n: int, asks: bool):
                         groups, group = run // per, kept * (run // per)
                         code, s = codes + kept * run * block_bytes, scale + group * scale_bytes
                         m, beside = low + group * low_bytes, (0, 0) if summed else run
-                        total = add_run(total, groups, per, beside, code, s, m, mine, step, of, table)
+                        total = add_run(total, groups, per, beside, code, s, m, mine, step, of, table, (0, 0))
                     if per_token:
                         total = times(total, splats(steps, n))
                     store_tokens(y + panel * n * stride + tile * 4 * ROWS, stride, total)

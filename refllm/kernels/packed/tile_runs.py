@@ -35,6 +35,7 @@ from refllm.kernels.packed.tiling import BLOCK, ROWS, Form
 # ahead: behind the end of a weight of a few hundred kilobytes are the codes of the next (tiled.py), which come while a
 # token passes norms and attention.
 AHEAD = 8192
+WIDE = 512  # bytes of a block of 8-bit codes
 PANELS = 192 // TOKENS  # activations of so many panels are used again while they lie in the second-level cache
 SUMMED = RUN // BLOCK  # blocks under one scale that are summed in integers beside a scale per token
 SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_powers, 1), "ue4m3": (load_ue4m3, 1)}
@@ -51,6 +52,23 @@ def ask_ahead(block_bytes: int, n: int, asks: bool):
                 prefetch(address + away + line)
 
     return ask_ahead
+
+
+def ask_beside(block_bytes: int, n: int):
+    """Asks beside a block of many tokens for codes of the next tile, and says what to ask for beside the next block.
+
+    All that a panel may ask for at once would fill the queue of what is on its way: 4 % slower than asking for nothing,
+    which this is 2 % faster than. Codes of fewer bits come in time by themselves.
+    """
+    asks = n > 1 and block_bytes >= WIDE
+
+    @jitable
+    def ask_beside(address, step):
+        if asks:
+            prefetch(address)
+        return address + step, step
+
+    return ask_beside
 
 
 def part_products(form: Form, kind: int, n: int, part: int):
@@ -163,18 +181,19 @@ def run_of_blocks(form: Form, kind: int, n: int, asks: bool):
     minimum, offset = form.low == "minimum", form.offset
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     add_first, add_second = (part_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
-    ask_codes = ask_ahead(block_bytes, n, asks)
+    ask_codes, ask_next = ask_ahead(block_bytes, n, asks), ask_beside(block_bytes, n)
 
     @jitable(forceinline=True)
-    def add_run(total, groups, per, left, code, scale, low, x, steps, sums, table):
+    def add_run(total, groups, per, left, code, scale, low, x, steps, sums, table, ask):
         """Adds `groups` times `per` blocks, of 2:4 as far as `left` blocks of activations reach.
 
-        Addresses: codes, scales and lows; activations, their steps and sums.
+        Addresses: codes, scales and lows; activations, their steps and sums. ask : see ask_beside.
         """
         for _ in range(groups):
             s, m = load_group(scale, low)
             for _ in range(per):
                 ask_codes(code)
+                ask = ask_next(*ask)
                 step = splats(steps, n)
                 zero = every(offset) if minimum else m
                 total = add_first(total, code, x, step, sums, s, zero, m, table)
@@ -239,7 +258,7 @@ def run_of_sums(form: Form, n: int, tiles: int, asks: bool):
     load_groups = load_two if two else load_one
 
     @jitable(forceinline=True)
-    def add_run(total, groups, per, beside, code, scale, low, x, steps, sums, table):
+    def add_run(total, groups, per, beside, code, scale, low, x, steps, sums, table, ask):
         """Adds `groups` times `per` blocks. beside : of two tiles, blocks and groups from the one to the other."""
         code_beside, scale_beside, low_beside = 0, 0, 0
         if two:
