@@ -11,7 +11,7 @@ float64 activations always take the NumPy text. Records are described in records
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 
@@ -172,33 +172,41 @@ def matmul_each(x: np.ndarray, weights: Sequence, activations: str | Rounding = 
 
 
 class _Plan(NamedTuple):
-    """How kernels multiply several weights together: what for, weak references to them, their width, and the parts."""
+    """How kernels multiply several weights together: what they are found by, references to them, width and parts."""
 
-    activations: str
+    key: tuple
     weights: tuple[ref, ...]
     columns: int
     parts: list
 
 
-_plans: WeakKeyDictionary = WeakKeyDictionary()  # record -> the plan of the weights that it last came first of
+_plans: dict[int, _Plan] = {}  # id of a record -> the plan of the weights that it last came first of
 
 
 def _plan(weights: Sequence, activations: str | Rounding) -> _Plan | None:
-    """None where matmul is to be asked for every weight by itself: not all are records of one width."""
-    first = weights[0]
-    known = _plans.get(first) if is_record(first) else None
-    if known is not None and known.activations == activations and len(known.weights) == len(weights):
-        if all(one() is weight for one, weight in zip(known.weights, weights, strict=True)):
-            return known
+    """None where matmul is to be asked for every weight by itself: not all are records of one width.
+
+    Plans are found by identity and go with the first of their weights that does: after a product has streamed weights
+    through the caches, every object that is looked at comes from memory.
+    """
+    first, columns = id(weights[0]), weights[0].shape[1]
+    key = activations, *map(id, weights)
+    known = _plans.get(first)
+    if known is not None and known.key == key:
+        return known
     records = []
     for weight in weights:
         record, how = as_run(weight, activations)
-        if how not in ACTIVATIONS or not is_record(record) or record.shape[1] != first.shape[1]:
+        if how not in ACTIVATIONS or not is_record(record) or record.shape[1] != columns:
             return None
         records.append((record, BITS[how] if how in BITS and has_codes(record) else 0))
     from refllm.kernels.packed import fast
 
-    _plans[first] = _Plan(activations, tuple(map(ref, weights)), first.shape[1], fast.together(records))
+    def forget(_):
+        if first in _plans and _plans[first].key == key:
+            del _plans[first]
+
+    _plans[first] = _Plan(key, tuple(ref(weight, forget) for weight in weights), columns, fast.together(records))
     return _plans[first]
 
 

@@ -110,16 +110,27 @@ class Together:
         each = blocks * n  # of a panel: so many blocks of numbers, scales, and up to four times as many sums
         codes_bytes, scale_bytes = most * each * BLOCK * (4 if self.kind == FLOAT else 1), most * each * 4
         laid = np.empty(codes_bytes + 5 * scale_bytes, np.uint8)
-        at, from_x, to_y, stride = laid.ctypes.data, x.ctypes.data, y.ctypes.data, 4 * self.width
+        at, from_x, to_y, stride = _address(laid), _address(x), _address(y), 4 * self.width
         laid_out = at, at + codes_bytes, at + codes_bytes + scale_bytes
         lay_out, (product, weights, _) = lay_out_address(n), self._call(n)
         for start in range(0, panels, most):
             done, count = start * n, min(most, panels - start)
             source = from_x + 4 * done * x.shape[1], tokens - done, x.shape[1], self.laid
-            over_tiles(lay_out, (*source, *laid_out), count, LAYING * count * n * x.shape[1], together=1)
+            if panels == 1:
+                _function(lay_out)(*source, *laid_out, 0, 1)
+            else:
+                over_tiles(lay_out, (*source, *laid_out), count, LAYING * count * n * x.shape[1], together=1)
             arguments = weights, *laid_out, to_y + done * stride, stride, count
             over_tiles(product, arguments, self.tiles, count * n * self.size)
         return [y[:tokens, columns] for columns in self.columns]
+
+
+def _address(array: np.ndarray) -> int:
+    """array.ctypes.data, by way of fewer objects."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # read-only, or empty
+        return array.ctypes.data
 
 
 def _apart(columns: int) -> int:

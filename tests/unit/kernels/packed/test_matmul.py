@@ -1,5 +1,6 @@
 """matmul and rows: every record against its dense matrix, the NumPy text as the definition, and what is refused."""
 
+import gc
 import math
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.formats.bits import pack_bits
+from refllm.kernels import packed
 from refllm.kernels.grids import SymmetricGrid
 from refllm.kernels.masks import keep_n_of_m
 from refllm.kernels.packed import ACTIVATIONS, backend, matmul, matmul_each, reference, rows, threads
@@ -86,6 +88,24 @@ def test_several_weights_at_once_with_the_text_and_leading_axes(kernels):
         matmul_each(X[:, :16], weights)
     with pytest.raises(ValueError, match="activations must be one of"):
         matmul_each(X, weights, "int7")
+
+
+def test_inputs_that_may_not_be_written_to():
+    x = X.copy()
+    x.flags.writeable = False
+    for tokens in (1, len(x)):
+        assert np.array_equal(matmul(x[:tokens], EACH["gguf"], "int8"), matmul(X[:tokens], EACH["gguf"], "int8"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_known_of_weights_together_goes_with_any_of_them(which):
+    weights = [one_of_each()["gguf"] for _ in range(2)]
+    matmul_each(X, weights, "int8")
+    first = id(weights[0])
+    assert packed._plans[first].key == ("int8", *map(id, weights))
+    del weights[which]
+    gc.collect()
+    assert first not in packed._plans
 
 
 def test_lowrank_is_two_products(kernels):
