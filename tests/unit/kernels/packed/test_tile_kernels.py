@@ -18,7 +18,7 @@ from numba import types
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, products, reference, simd, threads, tile_kernels
+from refllm.kernels.packed import fast, level_kernels, products, reference, simd, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, lay_out_address, rounded_kind
@@ -405,6 +405,28 @@ def test_any_number_of_tokens_and_threads_gives_the_same_bits(form, kind, monkey
             monkeypatch.setenv("REFLLM_THREADS", str(count))
             for tokens in (1, 3, 4, 12, 13, 25, 42):
                 assert np.array_equal(tile_matmul(x[:tokens], tiles, kind), alone[:tokens]), (slab, count, tokens)
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"), [("Q8_0", 96), ("Q4_1", 96), ("Q2_K", 256), *[("Q4_K", 256 * n) for n in (1, 16, 32)]]
+)
+def test_more_panels_than_meet_a_tile_at_once(form, columns, monkeypatch):
+    """Each panel as if it were alone. Of the rows of Q4_K 16 panels are near, or fewer, or too few for it to matter."""
+    weight = gguf_blocks(form, 17, columns // blocks.BLOCKS[form].block_size, 5)
+    assert weight.columns == columns
+    x = np.random.default_rng(0).standard_normal((17 * TOKENS + 1, columns), np.float32)
+    y = tile_matmul(x, tiles_of(weight), kind_of(weight))
+    monkeypatch.setattr(fast, "SLAB", TOKENS)
+    np.testing.assert_array_equal(y, tile_matmul(x, tiles_of(weight), kind_of(weight)))
+
+
+def test_how_many_panels_meet_a_super_block():
+    of = lambda panels, columns: level_kernels._panels_together(panels, 12 * columns)
+    most = level_kernels.PANELS
+    assert [of(n, 256) for n in (1, most, most + 1, 2 * most + 1)] == [1, most, most // 2 + 1, (2 * most + 3) // 3]
+    assert of(2 * most, 12 * level_kernels.NEAR) == most  # however few fit
+    columns = 2 * level_kernels.NEAR // most // 12 // 256 * 256  # of which at least half of the most are near
+    assert most // 2 <= of(10 * most, columns) <= level_kernels.NEAR // (12 * columns) < most
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33])
