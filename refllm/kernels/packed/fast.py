@@ -116,17 +116,14 @@ class Together:
         for start in range(0, panels, most):
             done, count = start * n, min(most, panels - start)
             source = from_x + 4 * done * x.shape[1], tokens - done, x.shape[1], self.laid
-            if panels == 1:
-                _function(lay_out)(*source, *laid_out, 0, 1)
-            else:
-                over_tiles(lay_out, (*source, *laid_out), count, LAYING * count * n * x.shape[1], together=1)
+            over_tiles(lay_out, (*source, *laid_out), count, LAYING * count * n * x.shape[1], together=1)
             arguments = weights, *laid_out, to_y + done * stride, stride, count
             over_tiles(product, arguments, self.tiles, count * n * self.size)
         return [y[:tokens, columns] for columns in self.columns]
 
 
 def _address(array: np.ndarray) -> int:
-    """array.ctypes.data, by way of fewer objects."""
+    """Of an array's first byte: array.ctypes.data, by way of fewer objects."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))
     except (TypeError, ValueError):  # read-only, or empty

@@ -57,8 +57,10 @@ def ask_ahead(block_bytes: int, n: int, asks: bool):
 def ask_beside(block_bytes: int, n: int):
     """Asks beside a block of many tokens for codes of the next tile, and says what to ask for beside the next block.
 
-    All that a panel may ask for at once would fill the queue of what is on its way: 4 % slower than asking for nothing,
-    which this is 2 % faster than. Codes of fewer bits come in time by themselves.
+    All that a panel may ask for at once would fill the queue of what is on its way, and cost more than it saves. Codes
+    of fewer bits come in time by themselves.
+
+    address, step : of the codes to ask for now, and bytes from there to those of the next block.
     """
     asks = n > 1 and block_bytes >= WIDE
 
