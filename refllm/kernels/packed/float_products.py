@@ -10,10 +10,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed import tables
-from refllm.kernels.packed.lane_math import emit_fma
-from refllm.kernels.packed.lane_memory import emit_load
-from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
-from refllm.kernels.packed.products import (
+from refllm.kernels.packed.dots import (
     emit_bare_quads,
     emit_chosen,
     emit_code_quads,
@@ -21,6 +18,9 @@ from refllm.kernels.packed.products import (
     emit_parts,
     quads_of,
 )
+from refllm.kernels.packed.lane_math import emit_fma
+from refllm.kernels.packed.lane_memory import emit_load
+from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
 from refllm.kernels.packed.simd import (
     F32,
     I16,

@@ -52,7 +52,7 @@ from refllm.kernels.packed.tiling import BLOCK, SUPER, Form
 
 # Tokens of a panel where there are many: as many sums, and as many parts of sums, as the registers hold. Sixteen lanes
 # take one of 32 registers of AVX-512 and two of the 16 of AVX2.
-TOKENS = 12 if "+avx512f" in target_features() else 6
+TOKENS = 12 if "+avx512f" in target_features() else 5
 # Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4

@@ -16,7 +16,8 @@ from refllm.kernels.packed.lane_memory import (
 )
 from refllm.kernels.packed.lanes import every, zeros
 from refllm.kernels.packed.level_products import (
-    OPENED,
+    OPEN_VECTORS,
+    VECTOR,
     fits_pairs,
     level_products,
     open_super_block,
@@ -25,7 +26,7 @@ from refllm.kernels.packed.level_products import (
     super_block_product,
 )
 from refllm.kernels.packed.products import block_products, whole_zeros
-from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, part_products
+from refllm.kernels.packed.tile_runs import PANELS, ask_ahead, open_run, opened_form, opens, part_products
 from refllm.kernels.packed.tiling import BLOCK, ROWS, SUPER, Form
 
 NEAR = 9 << 16  # bytes of codes of activations that stay in the second-level cache beside all else
@@ -34,15 +35,13 @@ NEAR = 9 << 16  # bytes of codes of activations that stay in the second-level ca
 def levels_text(form: Form, kind: int, n: int, asks: bool):
     """product_text of K-quants: small integer scales under a float16 one for SUPER columns."""
     integers = kind != FLOAT
-    if integers and n == TOKENS and fits_pairs(form):
-        return _paired_text(form, n)
+    if integers and n == TOKENS and (fits_pairs(form) or opens(form, n)):
+        return _waiting_text(form, n)
     above = SUPER // BLOCK
     code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * form.parts, 2 * ROWS * form.tops
     x_bytes, step_bytes = above * n * BLOCK * (1 if integers else 4), above * 4 * n
     sum_bytes = 4 * n * (SUPER_WORDS if integers else 3 * above)
-    low_levels = form.low == "levels"
-    add_super = (_integer_super if integers else _float_super)(form, n, asks)
-    low_bytes = level_bytes // (2 if form.shared_levels else 1) if low_levels else 0
+    add_super, low_bytes = (_integer_super if integers else _float_super)(form, n, asks), _low_bytes(form)
 
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
@@ -66,18 +65,83 @@ def levels_text(form: Form, kind: int, n: int, asks: bool):
     return tile_product
 
 
-def _paired_text(form: Form, n: int):
-    """levels_text of many tokens with codes, where two blocks are multiplied by their levels at once (pair_words).
+def _waiting_text(form: Form, n: int):
+    """levels_text of many tokens with codes, where a super-block is opened once for all panels, whose sums wait."""
+    above, line, parts = SUPER // BLOCK, 4 * ROWS, form.parts
+    x_bytes, step_bytes, sum_bytes = above * n * BLOCK, above * 4 * n, 4 * n * SUPER_WORDS
+    code_bytes, level_bytes, top_bytes = above * form.block_bytes, above * ROWS * parts, 2 * ROWS * form.tops
+    low_bytes, together = _low_bytes(form), PANELS * n
+    vectors, open_super, product = (_paired_super if fits_pairs(form) else _opened_super)(form, n)
 
-    A super-block's levels are opened once for all panels, whose sums wait meanwhile.
-    """
-    above, line, block_bytes = SUPER // BLOCK, 4 * ROWS, form.block_bytes
-    x_bytes, step_bytes, sum_bytes = n * BLOCK, above * 4 * n, 4 * n * SUPER_WORDS
-    level_bytes, low_bytes, top_bytes, together = above * ROWS, above * ROWS // 2, 2 * ROWS * form.tops, PANELS * n
+    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
+        codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
+        supers, opened, kept = word(weight, 4) // above, room(vectors), room(together)
+        some_panels = _panels_together(panels, supers * x_bytes)
+        for start in range(0, panels, some_panels):
+            end = min(start + some_panels, panels)
+            ask = -(-code_bytes // (line * (end - start)))  # lines of the next super-block's codes beside each
+            for tile in range(first, last):
+                for panel in range(end - start):
+                    store_tokens(kept + panel * n * line, line, zeros(n))
+                for done in range(supers):
+                    at = tile * supers + done
+                    code, levels = codes + at * code_bytes, scale + at * level_bytes
+                    lowest, top = low + at * low_bytes, tops + at * top_bytes
+                    open_super(opened, code, levels, lowest, top)
+                    prefetch(levels + level_bytes)  # of the next super-block, as its codes below
+                    prefetch(levels + level_bytes + line)
+                    prefetch(lowest + low_bytes)
+                    prefetch(top + top_bytes)
+                    here, following = kept, code + code_bytes
+                    for panel in range(start, end):
+                        for _ in range(ask):
+                            prefetch(following)
+                            following += line
+                        at = panel * supers + done
+                        some, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                        one = product(opened, code, levels, lowest, top, some, steps, sums)
+                        store_tokens(here, line, plus(load_tokens(here, line, n), one))
+                        here += line * n
+                for panel in range(start, end):
+                    total = load_tokens(kept + (panel - start) * n * line, line, n)
+                    store_tokens(y + panel * n * stride + tile * line, stride, total)
+
+    return tile_product
+
+
+def _low_bytes(form: Form) -> int:
+    """Bytes of a super-block's minimum levels: in `low` only four bits each, where they are shared."""
+    level_bytes = SUPER // BLOCK * ROWS * form.parts
+    return level_bytes // (2 if form.shared_levels else 1) if form.low == "levels" else 0
+
+
+def _opened_super(form: Form, n: int):
+    """Vectors of an open super-block, what opens it, and its product: here of opened codes (tile_runs.opens)."""
+    above, met, open_some = SUPER // BLOCK, opened_form(form), open_run(form)
+    product_of_bytes = _integer_product(met, n, asks=False)
+
+    @jitable
+    def open_super(opened, code, levels, lowest, top):
+        open_some(opened, code, above)
+
+    @jitable(forceinline=True)
+    def product(opened, code, levels, lowest, top, x, steps, sums):
+        return product_of_bytes(opened, levels, lowest, top, x, steps, sums)
+
+    return above * met.block_bytes // VECTOR, open_super, product
+
+
+def _paired_super(form: Form, n: int):
+    """_opened_super where two blocks are multiplied by their levels at once (pair_words), which are opened instead."""
+    above, line, block_bytes, x_bytes = SUPER // BLOCK, 4 * ROWS, form.block_bytes, n * BLOCK
     add_products, (make_room, add_pair) = block_products(form, n, 1), pair_words(n)
     open_levels, add_one = open_super_block(form), level_products(form, 0, n, begins=False)
     scaled = opened_product(n)
     most = 0x7FFF // ((1 << form.bits) - 1)  # a panel's reach up to which sums of codes times activations fit 16 bits
+
+    @jitable
+    def open_super(opened, code, levels, lowest, top):
+        open_levels(opened, levels, lowest, top)
 
     @jitable(forceinline=True)
     def add_pairs(code, x, levels, shifts):
@@ -99,44 +163,15 @@ def _paired_text(form: Form, n: int):
             code, x, levels, shifts = code + block_bytes, x + x_bytes, levels + ROWS, shifts + 4 * n
         return whole
 
-    def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
-        codes, scale, low, tops = word(weight, 0), word(weight, 1), word(weight, 2), word(weight, 3)
-        supers, opened, kept = word(weight, 4) // above, room(OPENED), room(together)
-        some_panels = _panels_together(panels, supers * above * x_bytes)
-        for start in range(0, panels, some_panels):
-            end = min(start + some_panels, panels)
-            ask = -(-above * block_bytes // (line * (end - start)))  # lines of the next super-block's codes beside each
-            for tile in range(first, last):
-                for panel in range(end - start):
-                    store_tokens(kept + panel * n * line, line, zeros(n))
-                for done in range(supers):
-                    at = tile * supers + done
-                    code, levels = codes + at * above * block_bytes, scale + at * level_bytes
-                    lowest, top = low + at * low_bytes, tops + at * top_bytes
-                    open_levels(opened, levels, lowest, top)
-                    prefetch(levels + level_bytes)  # of the next super-block, as its codes below
-                    prefetch(levels + level_bytes + line)
-                    prefetch(lowest + low_bytes)
-                    prefetch(top + top_bytes)
-                    here, following = kept, code + above * block_bytes
-                    for panel in range(start, end):
-                        for _ in range(ask):
-                            prefetch(following)
-                            following += line
-                        at = panel * supers + done
-                        some, steps, sums = x + at * above * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
-                        if load_whole(sums + 4 * n * REACH_AT) <= most:
-                            whole = add_pairs(code, some, opened, sums + 4 * n * PAIRS_AT)
-                        else:
-                            whole = add_blocks(code, some, levels, sums + 4 * n * SHIFTS_AT)
-                        product = times(scaled(whole, opened, sums), splats(steps, n))
-                        store_tokens(here, line, plus(load_tokens(here, line, n), product))
-                        here += line * n
-                for panel in range(start, end):
-                    total = load_tokens(kept + (panel - start) * n * line, line, n)
-                    store_tokens(y + panel * n * stride + tile * line, stride, total)
+    @jitable(forceinline=True)
+    def product(opened, code, levels, lowest, top, x, steps, sums):
+        if load_whole(sums + 4 * n * REACH_AT) <= most:
+            whole = add_pairs(code, x, opened, sums + 4 * n * PAIRS_AT)
+        else:
+            whole = add_blocks(code, x, levels, sums + 4 * n * SHIFTS_AT)
+        return times(scaled(whole, opened, sums), splats(steps, n))
 
-    return tile_product
+    return OPEN_VECTORS, open_super, product
 
 
 @jitable
@@ -185,7 +220,18 @@ def _float_super(form: Form, n: int, asks: bool):
 
 
 def _integer_super(form: Form, n: int, asks: bool):
-    """Adds the product of a super-block and codes with one scale: the scale times whole numbers times float16 ones."""
+    """Adds the product of a super-block and codes with one scale."""
+    product = _integer_product(form, n, asks)
+
+    @jitable(forceinline=True)
+    def add_super(total, code, level, lowest, top, x, steps, sums):
+        return plus(total, product(code, level, lowest, top, x, steps, sums))
+
+    return add_super
+
+
+def _integer_product(form: Form, n: int, asks: bool):
+    """The product of a super-block and codes with one scale: the scale times whole numbers times float16 ones."""
     above, levels, two, block_bytes = SUPER // BLOCK, ROWS * form.parts, form.parts == 2, form.block_bytes
     x_bytes, sum_bytes, first_sums, second_sums = n * BLOCK, 12 * n, 4 * n * (form.parts - 1), 8 * n
     shift_bytes, shifts_at = 4 * n, 4 * n * SHIFTS_AT
@@ -193,7 +239,7 @@ def _integer_super(form: Form, n: int, asks: bool):
     scaled, ask_codes = super_block_product(form, n), ask_ahead(block_bytes, n, asks)
 
     @jitable(forceinline=True)
-    def add_super(total, code, level, lowest, top, x, steps, sums):
+    def product(code, level, lowest, top, x, steps, sums):
         whole, begin, shift, first = whole_zeros(n), sums, sums + shifts_at, level
         for _ in range(above):
             ask_codes(code)
@@ -202,6 +248,6 @@ def _integer_super(form: Form, n: int, asks: bool):
                 whole = add_second(whole, code, x, begin + second_sums, level + ROWS, shift)
             code, level, x = code + block_bytes, level + levels, x + x_bytes
             begin, shift = begin + sum_bytes, shift + shift_bytes
-        return plus(total, times(scaled(whole, top, first, lowest, sums), splats(steps, n)))
+        return times(scaled(whole, top, first, lowest, sums), splats(steps, n))
 
-    return add_super
+    return product

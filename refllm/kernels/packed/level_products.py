@@ -6,20 +6,22 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from refllm.kernels.packed.lane_memory import emit_load
-from refllm.kernels.packed.lanes import emit_join, emit_splat, several
-from refllm.kernels.packed.products import (
+from refllm.kernels.packed.dots import (
     BYTES,
     SHORTS,
     X86_BYTE_DOT,
+    adds_pairs,
     dot_form,
     emit_begin,
     emit_dot,
     emit_dots,
     emit_four,
     emit_function,
+    emit_pair_dots,
     quads_of,
 )
+from refllm.kernels.packed.lane_memory import emit_load
+from refllm.kernels.packed.lanes import emit_join, emit_splat, several
 from refllm.kernels.packed.simd import (
     I8,
     I16,
@@ -35,7 +37,7 @@ from refllm.kernels.packed.simd import (
 from refllm.kernels.packed.tiling import BLOCK, SUPER, Form
 
 HALVES = ir.VectorType(I16, LANES)
-VECTOR, OPENED = 64, 8  # bytes of a vector; vectors of an open super-block
+VECTOR, OPEN_VECTORS = 64, 8  # bytes of a vector; vectors of an open super-block
 
 
 @cache
@@ -51,10 +53,14 @@ def level_products(form: Form, part: int, n: int, begins: bool):
     def add_level_products(typing, total, codes, x, begin, levels, shifts):
         def generate(context, b, sig, args):
             total, codes, x, begin, levels, shifts = args
-            sums = emit_dots(b, form, quads, [codes], x, emit_begin(b, begin, n, begins))
             level = _level(b, form, levels)
-            sums = [_shifted(b, some, emit_load(b, shifts, 4 * i, I32)) for i, some in enumerate(sums)]
-            return emit_join(b, kind, [b.add(b.extract_value(total, i), b.mul(level, sums[i])) for i in range(n)])
+            if adds_pairs() and not begins:
+                products = emit_pair_dots(b, form, quads, [codes], x, n, _twice(b, level))
+            else:
+                sums = emit_dots(b, form, quads, [codes], x, emit_begin(b, begin, n, begins))
+                products = [b.mul(level, some) for some in sums]
+            products = [_shifted(b, one, emit_load(b, shifts, 4 * i, I32)) for i, one in enumerate(products)]
+            return emit_join(b, kind, [b.add(b.extract_value(total, i), one) for i, one in enumerate(products)])
 
         return kind(kind, *[types.intp] * 5), generate
 
@@ -67,6 +73,12 @@ def _level(b: ir.IRBuilder, form: Form, address: ir.Value) -> ir.Value:
     if form.shared_levels:
         return b.lshr(b.zext(level, Ints.llvm), constant(Ints.llvm, 2))
     return b.sext(level, Ints.llvm)
+
+
+def _twice(b: ir.IRBuilder, level: ir.Value) -> ir.Value:
+    """Levels as 16-bit numbers, each twice in its lane."""
+    low = b.and_(level, constant(Ints.llvm, 0xFFFF))
+    return b.bitcast(b.or_(b.shl(level, constant(Ints.llvm, 16)), low), SHORTS)
 
 
 def _shifted(b: ir.IRBuilder, value: ir.Value, count: ir.Value) -> ir.Value:
@@ -123,7 +135,7 @@ def pair_words(n: int):
 
 @cache
 def open_super_block(form: Form):
-    """A word: the levels and tops of a super-block, as they are multiplied, to OPENED vectors at an address.
+    """A word: the levels and tops of a super-block, as they are multiplied, to OPEN_VECTORS vectors at an address.
 
     Four of levels, those of two blocks in a lane, the first in the upper half; two of minimum levels, four blocks in a
     lane; the tops as floats. Further arguments: the addresses of levels, minimum levels and tops.

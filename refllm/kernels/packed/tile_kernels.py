@@ -11,7 +11,7 @@ from numba import types
 
 from refllm.kernels.packed.compile import compile_address, jitable
 from refllm.kernels.packed.float_products import kept_products
-from refllm.kernels.packed.laid_out import FLOAT, FOUR, TOKEN, TOKENS
+from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, FOUR, TOKEN, TOKENS
 from refllm.kernels.packed.lane_math import fma, plus, times
 from refllm.kernels.packed.lane_memory import (
     load_floats,
@@ -30,6 +30,10 @@ from refllm.kernels.packed.tile_runs import (
     SUMMED,
     group_bytes,
     is_summed,
+    leave_run,
+    open_run,
+    opened_form,
+    opens,
     run_of_blocks,
     run_of_sums,
     table_loader,
@@ -59,8 +63,8 @@ def product_text(form: Form, kind: int, n: int, asks: bool = True):
         return _blocks_text(form, kind, n, asks)
     if form.layout == "vectors":
         return _vectors_text(form, n)
-    if is_summed(form, kind):
-        return _summed_text(form, n, asks)
+    if is_summed(form, kind) or (kind == BLOCKS and form.parts == 1 and opens(form, n)):
+        return _waiting_text(form, kind, n, asks)
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     block_bytes, (scale_bytes, low_bytes), wide = form.block_bytes, group_bytes(form), wide_blocks(form)
     add_run, load_table, factor = run_of_blocks(form, kind, n, asks), table_loader(form), form.scale == "ue4m3"
@@ -91,16 +95,19 @@ def product_text(form: Form, kind: int, n: int, asks: bool = True):
     return tile_product
 
 
-def _summed_text(form: Form, n: int, asks: bool):
-    """product_text beside a scale per token, where integers are summed over SUMMED blocks.
+def _waiting_text(form: Form, kind: int, n: int, asks: bool):
+    """product_text where SUMMED blocks or so of one tile meet all panels, whose sums wait meanwhile.
 
-    So long the codes of one tile, or of two that share what is read of activations, stay in the first-level cache and
-    meet all panels, whose sums wait meanwhile.
+    So long their codes stay in the first-level cache: opened where that pays; else beside a scale per token, where
+    integers are summed, and of two tiles that share what is read of activations.
     """
-    tiles = TILES if n > 1 else 1
+    opened, per_token = opens(form, n), kind == TOKEN
+    tiles = TILES if n > 1 and not opened else 1
     values, together, x_bytes, step_bytes, sum_bytes = n * tiles, PANELS * n * tiles, n * BLOCK, 4 * n, 12 * n
-    block_bytes, (scale_bytes, low_bytes), line = form.block_bytes, group_bytes(form), 4 * ROWS
-    add_run, two = run_of_sums(form, values, tiles, asks), tiles == 2
+    block_bytes, (scale_bytes, low_bytes), line, two = form.block_bytes, group_bytes(form), 4 * ROWS, tiles == 2
+    met = opened_form(form) if opened else form
+    add_run = run_of_sums(met, values, tiles, asks) if per_token else run_of_blocks(met, kind, n, asks)
+    vectors, open_some = SUMMED * met.block_bytes // line if opened else 0, open_run(form) if opened else leave_run
 
     @jitable
     def store_one(y, stride, total, beside):
@@ -122,7 +129,7 @@ def _summed_text(form: Form, n: int, asks: bool):
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
         blocks, per = word(weight, 4), word(weight, 5)
-        groups, kept = blocks // per, room(together)
+        groups, kept, bytes_ = blocks // per, room(together), room(vectors)
         for start in range(0, panels, PANELS):
             end = min(start + PANELS, panels)
             for tile in range(first, last, tiles):
@@ -134,6 +141,7 @@ def _summed_text(form: Form, n: int, asks: bool):
                     code, beside = codes + (tile * blocks + done) * block_bytes, (other * blocks, other * groups)
                     s, m = scale + group * scale_bytes, low + group * low_bytes
                     following, left = code + some * each * block_bytes, some * each
+                    code = open_some(bytes_, code, some * each)
                     for panel in range(start, end):
                         if left > 0:
                             ask_block(following)
@@ -141,15 +149,16 @@ def _summed_text(form: Form, n: int, asks: bool):
                             following, left = following + block_bytes, left - 1
                         at = panel * blocks + done
                         total = load_tokens(here, line, values) if done else zeros(values)
-                        numbers, sums = x + at * x_bytes, x_sums + at * sum_bytes
-                        total = add_run(total, some, each, beside, code, s, m, numbers, 0, sums, 0, (0, 0))
+                        numbers, steps, sums = x + at * x_bytes, x_scale + at * step_bytes, x_sums + at * sum_bytes
+                        total = add_run(total, some, each, beside, code, s, m, numbers, steps, sums, every(0), (0, 0))
                         store_tokens(here, line, total)
                         here += line * values
                     done += some * each
                 here = kept
                 for panel in range(start, end):
-                    steps = over_again(splats(x_scale + panel * blocks * step_bytes, n), tiles)
-                    total = times(load_tokens(here, line, values), steps)
+                    total = load_tokens(here, line, values)
+                    if per_token:
+                        total = times(total, over_again(splats(x_scale + panel * blocks * step_bytes, n), tiles))
                     store_tiles(y + panel * n * stride + tile * line, stride, total, other)
                     here += line * values
 

@@ -3,8 +3,11 @@
 Sums run block by block along a row in a fixed order, each row in its own lane.
 """
 
+from dataclasses import replace
+
 from refllm.kernels.packed.base import RUN
 from refllm.kernels.packed.compile import jitable
+from refllm.kernels.packed.dots import adds_pairs
 from refllm.kernels.packed.float_products import float_products, sixteen_in_registers
 from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, TOKEN, TOKENS, begins
 from refllm.kernels.packed.lane_codes import load_powers, load_ue4m3, load_unsigned
@@ -22,12 +25,13 @@ from refllm.kernels.packed.products import (
     as_floats,
     block_products,
     integer_products,
+    open_codes,
     picked_products,
     sum_words,
     whole_zeros,
 )
 from refllm.kernels.packed.tables import MANY, OF_ROWS, SIXTEEN
-from refllm.kernels.packed.tiling import BLOCK, ROWS, Form
+from refllm.kernels.packed.tiling import BLOCK, OPENED, ROWS, Form
 
 # Products of one token read weights once and in order. Processors fetch ahead by themselves, but not past the end of a
 # page of 4096 bytes, so what lies in the next one is asked for: of codes, since a line of scales lasts for several
@@ -227,7 +231,39 @@ def wide_blocks(form: Form) -> int:
 
 def is_summed(form: Form, kind: int) -> bool:
     """Whether integers are summed over SUMMED blocks before a scale meets them."""
-    return kind == TOKEN and form.layout in ("", "blocks") and form.parts == 1
+    return kind == TOKEN and form.layout in ("", "blocks", OPENED) and form.parts == 1
+
+
+def opens(form: Form, n: int) -> bool:
+    """Whether a block's codes are opened before they meet n tokens: what a panel would do is done once for all.
+
+    Where a byte product is one instruction, beside which others cost nothing, it would not pay.
+    """
+    return n == TOKENS and adds_pairs() and form.layout == ""
+
+
+def opened_form(form: Form) -> Form:
+    """What a form's codes are when they are opened."""
+    return replace(form, layout=OPENED)
+
+
+def open_run(form: Form):
+    """Opens consecutive blocks to an address, which it returns."""
+    open_block, block_bytes, opened_bytes = open_codes(form), form.block_bytes, opened_form(form).block_bytes
+
+    @jitable
+    def open_run(place, codes, blocks):
+        for i in range(blocks):
+            open_block(place + i * opened_bytes, codes + i * block_bytes)
+        return place
+
+    return open_run
+
+
+@jitable
+def leave_run(place, codes, blocks):
+    """open_run of codes that are met where they are."""
+    return codes
 
 
 def run_of_sums(form: Form, n: int, tiles: int, asks: bool):

@@ -35,6 +35,7 @@ from refllm.kernels.packed import tables
 ROWS = 16  # of a tile
 BLOCK = 32  # columns
 SUPER = 256  # columns under one top scale
+OPENED = "opened"  # a layout (Form) of codes that a kernel has unpacked
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths of a code
 
 
@@ -64,7 +65,8 @@ class Form:
         column by column. "blocks": the kept blocks of a row of tiles lie one after another; `first` and `where` say
         which they are. "vectors": codes name vectors of `columns` columns, `parts` of them are added; a row of codes
         as a VectorWeight has them, of 8 or 16 bits, lies behind the other, and `where` says where in `values` the
-        book of every code of a row begins.
+        book of every code of a row begins. OPENED: whole numbers of `width` bits in bytes, as codes of 8 bits lie;
+        those of 8 bits as two of 4, the lower ones of the block before the higher.
     columns : int
         Of the vector that a code names.
     """
@@ -98,6 +100,8 @@ class Form:
         """Bytes from block to block."""
         if self.layout == "bitmask":
             return ROWS * BLOCK // 8
+        if self.layout == OPENED:
+            return ROWS * BLOCK * (2 if self.width == 8 else 1)
         return self.code_bytes + (ROWS * BLOCK // 4 if self.layout == "pairs" else 0)
 
     @property

@@ -4,11 +4,11 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from refllm.kernels.packed import products, simd
+from refllm.kernels.packed import dots, simd
 from refllm.kernels.packed.simd import Ints
 
 TRIPLE = "aarch64-linux-gnu"
-KINDS = (Ints.llvm, products.BYTES, products.BYTES)
+KINDS = (Ints.llvm, dots.BYTES, dots.BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def assembly(target, form, features):
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte] * 3), "f")
     b = ir.IRBuilder(function.append_basic_block())
     operands = [simd.load(b, p, kind) for p, kind in zip(function.args, KINDS, strict=True)]
-    b.store(products.emit_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
+    b.store(dots.emit_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
     b.ret_void()
     machine = target.create_target_machine(cpu="generic", features=features, opt=3)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))
@@ -38,21 +38,21 @@ def assembly(target, form, features):
 def test_each_form_is_its_instruction(target):
     lines = {
         form: assembly(target, form, features).split()
-        for form, features in (("sdot", "+dotprod"), ("usdot", "+i8mm"), (products.PORTABLE, "+neon"))
+        for form, features in (("sdot", "+dotprod"), ("usdot", "+i8mm"), (dots.PORTABLE, "+neon"))
     }
     assert lines["sdot"].count("sdot") == 4 and lines["usdot"].count("usdot") == 4  # a quarter of the vector each
-    assert not {"sdot", "usdot"} & set(lines[products.PORTABLE])
+    assert not {"sdot", "usdot"} & set(lines[dots.PORTABLE])
 
 
 @pytest.mark.parametrize(
     ("features", "bits", "form"),
     [
         ({"+neon", "+dotprod"}, 4, "sdot"),
-        ({"+neon", "+dotprod"}, 8, products.PORTABLE),
+        ({"+neon", "+dotprod"}, 8, dots.PORTABLE),
         ({"+neon", "+dotprod", "+i8mm"}, 8, "usdot"),
-        ({"+neon"}, 4, products.PORTABLE),
+        ({"+neon"}, 4, dots.PORTABLE),
     ],
 )
 def test_the_form_follows_the_features(monkeypatch, features, bits, form):
-    monkeypatch.setattr(products, "target_features", lambda: frozenset(features))
-    assert products.dot_form(bits) == form
+    monkeypatch.setattr(dots, "target_features", lambda: frozenset(features))
+    assert dots.dot_form(bits) == form

@@ -249,8 +249,8 @@ def test_values_without_tiles_are_decoded():
 OTHER_TARGETS = """
 from tests.unit.kernels.packed.test_sparse_kernels import *
 from tests.unit.kernels.packed.test_tables import *
-from refllm.kernels.packed import products
-assert products.byte_shuffle() == SHUFFLE
+from refllm.kernels.packed import dots
+assert dots.byte_shuffle() == SHUFFLE
 check_whole_numbers("A8", 17, 100, 0, False, TOKENS)
 check_bitmask(tokens=(1,))
 rng = np.random.default_rng(0)

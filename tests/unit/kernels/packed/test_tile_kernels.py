@@ -18,7 +18,7 @@ from numba import types
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import fast, level_kernels, products, reference, simd, threads, tile_kernels
+from refllm.kernels.packed import dots, fast, level_kernels, reference, simd, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, lay_out_address, rounded_kind
@@ -472,12 +472,19 @@ def test_no_tokens_give_no_rows():
 
 
 OTHER_TARGETS = """
-from refllm.kernels.packed import products
+from refllm.kernels.packed import dots
 from tests.unit.kernels.packed.test_tile_kernels import *
-assert [products.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
-for form in ("S2 float16", "A3 float16", "S4 float16", "Q2_K", "Q4_K", "Q6_K", "A7 float16", "S8 float16"):
+assert [dots.dot_form(bits) for bits in (4, 8)] == FORMS_OF_THE_DOT
+for form in (
+    "S2 float16", "A3 float16", "S4 float16", "A5 float16", "S6 float16", "A7 float16", "S8 float16",
+    "Q2_K", "Q4_K", "Q5_K", "Q6_K",
+):
     check_whole_numbers(form, 1, floats=False)
 check_whole_numbers("S4 float16")
+if dots.adds_pairs():
+    check_pairs_of_columns()
+    for form in ("S4 float16", "S8 float16", "Q4_K", "Q6_K"):
+        check_whole_numbers(form, TOKENS + 1, floats=False)
 for form in ("Q2_K", "Q4_K", "Q6_K"):
     check_the_ends_of_integers(form, 1)
 check_activations(drawn_activations(96, ACTIVATION_ROWS, 0), 1)
@@ -490,9 +497,9 @@ X86 = any("sse2" in feature for feature in simd.target_features())
 @pytest.mark.parametrize(
     "name, features, dots",
     [
-        pytest.param("haswell", AVX2, [products.X86_BYTE_PAIRS, products.PORTABLE], id="avx2"),
-        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [products.PORTABLE] * 2, id="portable with avx"),
-        pytest.param("generic", None, [products.PORTABLE] * 2, id="generic"),
+        pytest.param("haswell", AVX2, [dots.X86_BYTE_PAIRS, dots.PORTABLE], id="avx2"),
+        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [dots.PORTABLE] * 2, id="portable with avx"),
+        pytest.param("generic", None, [dots.PORTABLE] * 2, id="generic"),
     ],
 )
 def test_the_other_forms_of_the_dot_product(name, features, dots):
@@ -515,8 +522,22 @@ def assembly(form, n):
     return product(tile_kernels.product_text(form, kind, n))._library.get_asm_str()
 
 
+def check_pairs_of_columns():
+    """All byte products of a block of 4-bit codes are added in 16 bits, those of 8-bit codes as of two of 4."""
+    for bits, times in ((4, 1), (8, 2)):
+        for n in (1, TOKENS):
+            text = assembly(Form(bits, "half", offset=1 << bits - 1), n)
+            found = [len(re.findall(rf"\t{word}\t", text)) for word in ("vpmaddubsw", "vpaddw", "vpmaddwd")]
+            assert found == [16 * n * times, 14 * n * times, 2 * n * times], (bits, n, found)
+
+
+@pytest.mark.skipif(not dots.adds_pairs(), reason="Numba's target multiplies bytes in another way")
+def test_pairs_of_columns():
+    check_pairs_of_columns()
+
+
 SPILL = r"vmov\w+\s+%zmm\d+, -?\w*\(%r[sb]p\)"  # a vector that leaves the registers
-vnni = pytest.mark.skipif(products.dot_form(4) != products.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
+vnni = pytest.mark.skipif(dots.dot_form(4) != dots.X86_BYTE_DOT, reason="Numba's target has no AVX512-VNNI")
 
 
 @vnni
@@ -524,8 +545,8 @@ vnni = pytest.mark.skipif(products.dot_form(4) != products.X86_BYTE_DOT, reason=
 def test_a_byte_product_is_one_instruction(bits, n):
     """vpdpbusd reads its four activations from memory and repeats them itself; every sum stays in a register."""
     text = assembly(Form(bits, "half", offset=1 << bits - 1), n)
-    dots = re.findall(r"vpdpbusd.*", text)
-    assert len(dots) == 8 * n and all("{1to16}" in dot for dot in dots)
+    found = re.findall(r"vpdpbusd.*", text)
+    assert len(found) == 8 * n and all("{1to16}" in dot for dot in found)
     assert not re.findall(SPILL, text)
 
 
@@ -534,8 +555,8 @@ def test_a_byte_product_is_one_instruction(bits, n):
 def test_the_sums_of_a_super_block_stay_in_registers(name):
     """Between the products of many tokens few vectors leave; all byte products read memory and repeat it."""
     text = assembly(form_of(gguf_blocks(name, 1, 1, 0)), TOKENS)
-    dots = re.findall(r"vpdpbusd.*", text)
+    found = re.findall(r"vpdpbusd.*", text)
     # Of two blocks together, of one alone where sums are too large for that, and of the minima.
-    assert len(dots) == (2 * 8 + 8 + 4) * TOKENS and all("{1to16}" in dot for dot in dots)
+    assert len(found) == (2 * 8 + 8 + 4) * TOKENS and all("{1to16}" in dot for dot in found)
     assert len(re.findall("vpdpwssd", text)) == TOKENS
-    assert len(re.findall(SPILL, text[text.index(dots[0]) :])) <= TOKENS
+    assert len(re.findall(SPILL, text[text.index(found[0]) :])) <= TOKENS + 4
