@@ -1,10 +1,10 @@
 """Emitters of the products of bytes: a block's codes, four columns at a time, times activations, added to sums.
 
 Sums of four byte products are written in several ways, chosen by the features of Numba's target (which the environment
-variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI), as vpmaddubsw + vpmaddwd
-(AVX2, codes of at most 7 bits: 8-bit codes could overflow its 16-bit sums), as ARM's usdot or, for codes of at most 7
-bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give the same
-integers. Look-ups have a portable form, too.
+variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI, AVX-VNNI), as vpmaddubsw +
+vpmaddwd (AVX2; pairs are added in 16 bits, which products of 8-bit codes could overflow), as ARM's usdot or, for codes
+of at most 7 bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give
+the same integers. Look-ups have a portable form, too.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from refllm.kernels.packed.tiling import BLOCK, OPENED, PLANES, Form
 BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 QUADS = BLOCK // 4  # fours of columns in a block
-X86_BYTE_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpmaddubsw", "portable"
+X86_BYTE_DOT, X86_HALF_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpdpbusd of 32 bytes", "vpmaddubsw", "portable"
 ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
 
 
@@ -29,6 +29,8 @@ def dot_form(bits: int) -> str:
     features = target_features()
     if {"+avx512bw", "+avx512vnni"} <= features:
         return X86_BYTE_DOT
+    if "+avxvnni" in features:
+        return X86_HALF_DOT
     if "+i8mm" in features:
         return ARM_MIXED_DOT
     if "+dotprod" in features and bits < 8:
@@ -123,10 +125,8 @@ def emit_chosen(b: ir.IRBuilder, choices: list[ir.Value], index: ir.Value) -> ir
 
 def emit_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
     """total[r] + sum over c of codes[4 r + c] x[4 r + c], unsigned times signed bytes."""
-    if form == X86_BYTE_DOT:
-        # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
-        call = emit_function(b, "llvm.x86.avx512.vpdpbusd.512", *[Ints.llvm] * 4)
-        return b.call(call, [total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)])
+    if form in (X86_BYTE_DOT, X86_HALF_DOT):
+        return _dot_of_words(b, LANES if form == X86_BYTE_DOT else LANES // 2, total, codes, x)
     if form == X86_BYTE_PAIRS:
         return b.add(total, _emit_pair_sums(b, _emit_pairs(b, codes, x), constant(SHORTS, 1)))
     if form in (ARM_DOT, ARM_MIXED_DOT):
@@ -141,6 +141,16 @@ def emit_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir
         pairs = shuffle(b, product, list(range(0, 2 * LANES, 2))), shuffle(b, product, list(range(1, 2 * LANES, 2)))
         total = b.add(total, b.add(*pairs))
     return total
+
+
+def _dot_of_words(b: ir.IRBuilder, lanes: int, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """emit_dot by vpdpbusd of so many lanes."""
+    # The operands are declared as LLVM up to 20 had them; later versions upgrade the call when they read it.
+    words = ir.VectorType(I32, lanes)
+    call = emit_function(b, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", *[words] * 4)
+    operands = total, b.bitcast(codes, Ints.llvm), b.bitcast(x, Ints.llvm)
+    parts = zip(*[emit_parts(b, operand, lanes) for operand in operands], strict=True)
+    return emit_together(b, [b.call(call, part) for part in parts])
 
 
 def _emit_pairs(b: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:

@@ -129,7 +129,7 @@ def _waiting_text(form: Form, kind: int, n: int, asks: bool):
     def tile_product(weight, x, x_scale, x_sums, y, stride, panels, first, last):
         codes, scale, low = word(weight, 0), word(weight, 1), word(weight, 2)
         blocks, per = word(weight, 4), word(weight, 5)
-        groups, kept, bytes_ = blocks // per, room(together), room(vectors)
+        groups, kept, unpacked = blocks // per, room(together), room(vectors)
         for start in range(0, panels, PANELS):
             end = min(start + PANELS, panels)
             for tile in range(first, last, tiles):
@@ -141,7 +141,7 @@ def _waiting_text(form: Form, kind: int, n: int, asks: bool):
                     code, beside = codes + (tile * blocks + done) * block_bytes, (other * blocks, other * groups)
                     s, m = scale + group * scale_bytes, low + group * low_bytes
                     following, left = code + some * each * block_bytes, some * each
-                    code = open_some(bytes_, code, some * each)
+                    code = open_some(unpacked, code, some * each)
                     for panel in range(start, end):
                         if left > 0:
                             ask_block(following)

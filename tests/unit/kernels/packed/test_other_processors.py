@@ -1,4 +1,4 @@
-"""The byte products of ARM processors become the instructions they are meant to be; this machine cannot run them."""
+"""The byte products of processors that this one need not be become the instructions they are meant to be."""
 
 import llvmlite.binding as llvm
 import pytest
@@ -7,41 +7,44 @@ from llvmlite import ir
 from refllm.kernels.packed import dots, simd
 from refllm.kernels.packed.simd import Ints
 
-TRIPLE = "aarch64-linux-gnu"
+ARM, X86 = "aarch64-linux-gnu", "x86_64-linux-gnu"
 KINDS = (Ints.llvm, dots.BYTES, dots.BYTES)
 
 
-@pytest.fixture(scope="module")
-def target():
+def assembly(triple, form, features):
+    """void f(int32 total[16], uint8 codes[64], int8 x[64])."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     try:
-        return llvm.Target.from_triple(TRIPLE)
+        target = llvm.Target.from_triple(triple)
     except RuntimeError:
-        pytest.skip("this LLVM writes no ARM code")
-
-
-def assembly(target, form, features):
-    """void f(int32 total[16], uint8 codes[64], int8 x[64])."""
+        pytest.skip(f"this LLVM writes no code for {triple}")
     module = ir.Module(form)
-    module.triple = TRIPLE
+    module.triple = triple
     byte = ir.IntType(8).as_pointer()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte] * 3), "f")
     b = ir.IRBuilder(function.append_basic_block())
     operands = [simd.load(b, p, kind) for p, kind in zip(function.args, KINDS, strict=True)]
     b.store(dots.emit_dot(b, form, *operands), b.bitcast(function.args[0], Ints.llvm.as_pointer()), align=1)
     b.ret_void()
-    machine = target.create_target_machine(cpu="generic", features=features, opt=3)
+    machine = target.create_target_machine(cpu="generic" if triple == ARM else "x86-64", features=features, opt=3)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))
 
 
-def test_each_form_is_its_instruction(target):
+def test_arm_products_are_instructions():
     lines = {
-        form: assembly(target, form, features).split()
+        form: assembly(ARM, form, features).split()
         for form, features in (("sdot", "+dotprod"), ("usdot", "+i8mm"), (dots.PORTABLE, "+neon"))
     }
     assert lines["sdot"].count("sdot") == 4 and lines["usdot"].count("usdot") == 4  # a quarter of the vector each
     assert not {"sdot", "usdot"} & set(lines[dots.PORTABLE])
+
+
+def test_avx_vnni_has_the_product_in_half_a_vector():
+    """With the old encoding: a processor that has no AVX-512 runs no other."""
+    lines = assembly(X86, dots.X86_HALF_DOT, "+avx2,+avxvnni").splitlines()
+    found = [line.split() for line in lines if "vpdpbusd" in line]
+    assert len(found) == 2 and all(line[0] == "{vex}" and "%ymm" in line[-1] for line in found)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,9 @@ def test_each_form_is_its_instruction(target):
         ({"+neon", "+dotprod"}, 8, dots.PORTABLE),
         ({"+neon", "+dotprod", "+i8mm"}, 8, "usdot"),
         ({"+neon"}, 4, dots.PORTABLE),
+        ({"+avx2", "+avxvnni"}, 8, dots.X86_HALF_DOT),
+        ({"+avx2", "+avxvnni", "+avx512bw", "+avx512vnni"}, 8, dots.X86_BYTE_DOT),
+        ({"+avx2"}, 4, dots.X86_BYTE_PAIRS),
     ],
 )
 def test_the_form_follows_the_features(monkeypatch, features, bits, form):
