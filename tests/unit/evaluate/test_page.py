@@ -10,7 +10,6 @@ from refllm.evaluate import page
 from refllm.methods.recipes import parse
 
 DOCS = Path(__file__).parents[3] / "docs"
-DOCUMENT = DOCS / "benchmarks.md"
 TEXT = "# A\n```console\n$ refllm bench decode\nold\n```\nwords\n```console\n$ refllm bench decode --threads 2\n```\n"
 
 
@@ -18,13 +17,21 @@ def done(code=0, out="new\n", err=""):
     return type("Done", (), {"returncode": code, "stdout": out, "stderr": err})
 
 
-def test_every_command_of_the_document_is_one():
-    found = page.commands(DOCUMENT.read_text("utf-8"))
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("benchmarks.md", {"bandwidth", "kernels", "decode", "prefill", "quantize"}),
+        ("benchmarks-avx2.md", {"bandwidth", "kernels", "decode", "prefill"}),
+    ],
+)
+def test_every_command_of_a_document_is_one(name, kinds):
+    text = (DOCS / name).read_text("utf-8")
+    found = page.commands(text)
     parsed = [build_parser().parse_args(shlex.split(command)) for command in found]
-    assert {args.what for args in parsed} == {"bandwidth", "kernels", "decode", "prefill", "quantize"}
+    assert {args.what for args in parsed} == kinds
     assert len(set(found)) == len(found)
     for args in parsed:
-        assert args.plot is None or f"]({args.plot.removeprefix('docs/')})" in DOCUMENT.read_text("utf-8")
+        assert args.plot is None or f"]({args.plot.removeprefix('docs/')})" in text
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.md")), ids=lambda path: path.stem)
