@@ -53,13 +53,15 @@ def level_products(form: Form, part: int, n: int, begins: bool):
     def add_level_products(typing, total, codes, x, begin, levels, shifts):
         def generate(context, b, sig, args):
             total, codes, x, begin, levels, shifts = args
-            level = _level(b, form, levels)
+            shifted = lambda i, value: _shifted(b, value, emit_load(b, shifts, 4 * i, I32))
             if adds_pairs() and not begins:
-                products = emit_pair_dots(b, form, quads, [codes], x, n, _twice(b, level))
+                factors = _twice(b, _level(b, form, levels))
+                products = emit_pair_dots(b, form, quads, [codes], x, n, factors)
+                products = [shifted(i, one) for i, one in enumerate(products)]
             else:
                 sums = emit_dots(b, form, quads, [codes], x, emit_begin(b, begin, n, begins))
-                products = [b.mul(level, some) for some in sums]
-            products = [_shifted(b, one, emit_load(b, shifts, 4 * i, I32)) for i, one in enumerate(products)]
+                level = _level(b, form, levels)
+                products = [b.mul(level, shifted(i, some)) for i, some in enumerate(sums)]
             return emit_join(b, kind, [b.add(b.extract_value(total, i), one) for i, one in enumerate(products)])
 
         return kind(kind, *[types.intp] * 5), generate

@@ -553,4 +553,4 @@ def test_the_sums_of_a_super_block_stay_in_registers(name):
     # Of two blocks together, of one alone where sums are too large for that, and of the minima.
     assert len(found) == (2 * 8 + 8 + 4) * TOKENS and all("{1to16}" in dot for dot in found)
     assert len(re.findall("vpdpwssd", text)) == TOKENS
-    assert len(re.findall(SPILL, text[text.index(found[0]) :])) <= TOKENS + 4
+    assert len(re.findall(SPILL, text[text.index(found[0]) :])) <= TOKENS
