@@ -43,7 +43,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, offset: float = 0.0)
 def _times_sigmoid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x / (1 + exp(-y)), float64; exp(-|y|) is used so that no argument overflows."""
     e = np.exp(-np.abs(y))
-    return x * np.where(y >= 0, 1 / (1 + e), e / (1 + e))
+    return x * (np.where(y >= 0, 1, e) / (1 + e))
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -86,9 +86,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     [[0.5, 0.5], [0.0, 0.0]]
     """
     top = np.max(x, axis=-1, keepdims=True).astype(np.float64)
-    e = np.exp(x - np.where(np.isneginf(top), 0, top))
+    e = x - np.where(np.isneginf(top), 0, top)
+    np.exp(e, out=e)  # in place: new memory for each step would take as long as the exponentials
     total = np.sum(e, axis=-1, keepdims=True)
-    return (e / np.where(total == 0, 1, total)).astype(x.dtype, copy=False)
+    e /= np.where(total == 0, 1, total)
+    return e.astype(x.dtype, copy=False)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
