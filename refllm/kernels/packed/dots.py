@@ -2,9 +2,9 @@
 
 Sums of four byte products are written in several ways, chosen by the features of Numba's target (which the environment
 variable NUMBA_CPU_FEATURES may set apart from this machine's): as vpdpbusd (AVX512-VNNI, AVX-VNNI), as vpmaddubsw +
-vpmaddwd (AVX2; pairs are added in 16 bits, which products of 8-bit codes could overflow), as ARM's usdot or, for codes
-of at most 7 bits, sdot, or in the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give
-the same integers. Look-ups have a portable form, too.
+vpmaddwd (AVX2; pairs are added in 16 bits, which products of 8-bit codes could overflow), as ARM's usdot or sdot, or in
+the 16-bit form that LLVM turns into multiply-adds of pairs on any processor. All give the same integers. Look-ups have
+a portable form, too.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ BYTES = ir.VectorType(I8, 4 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 QUADS = BLOCK // 4  # fours of columns in a block
 X86_BYTE_DOT, X86_HALF_DOT, X86_BYTE_PAIRS, PORTABLE = "vpdpbusd", "vpdpbusd of 32 bytes", "vpmaddubsw", "portable"
-ARM_DOT, ARM_MIXED_DOT = "sdot", "usdot"
+ARM_DOT, ARM_WIDE_DOT, ARM_MIXED_DOT = "sdot", "sdot of 8 bits", "usdot"
 
 
 def dot_form(bits: int) -> str:
@@ -33,8 +33,8 @@ def dot_form(bits: int) -> str:
         return X86_HALF_DOT
     if "+i8mm" in features:
         return ARM_MIXED_DOT
-    if "+dotprod" in features and bits < 8:
-        return ARM_DOT
+    if "+dotprod" in features:
+        return ARM_DOT if bits < 8 else ARM_WIDE_DOT
     return X86_BYTE_PAIRS if "+avx2" in features and bits < 8 else PORTABLE
 
 
@@ -93,7 +93,16 @@ def byte_shuffle() -> tuple[str, int] | None:
         return "llvm.x86.avx512.pshuf.b.512", 64
     if "+avx2" in features:
         return "llvm.x86.avx2.pshuf.b", 32
-    return ("llvm.x86.ssse3.pshuf.b.128", 16) if "+ssse3" in features else None
+    name = shuffle_of_sixteen()
+    return (name, 16) if name else None
+
+
+def shuffle_of_sixteen() -> str | None:
+    """The same of 16 bytes; an index of 128 or more gives 0."""
+    features = target_features()
+    if "+neon" in features:
+        return "llvm.aarch64.neon.tbl1.v16i8"
+    return "llvm.x86.ssse3.pshuf.b.128" if "+ssse3" in features else None
 
 
 def _shuffle_bytes(b: ir.IRBuilder, instruction: tuple[str, int], table: ir.Value, index: ir.Value) -> ir.Value:
@@ -131,6 +140,11 @@ def emit_dot(b: ir.IRBuilder, form: str, total: ir.Value, codes: ir.Value, x: ir
         return b.add(total, _emit_pair_sums(b, _emit_pairs(b, codes, x), constant(SHORTS, 1)))
     if form in (ARM_DOT, ARM_MIXED_DOT):
         return _dot_by_quarters(b, form, total, codes, x)
+    if form == ARM_WIDE_DOT:  # code = (code - 128) + 64 + 64
+        signed, half = b.xor(codes, constant(BYTES, 128)), constant(BYTES, 64)
+        for part in (signed, half, half):
+            total = _dot_by_quarters(b, ARM_DOT, total, part, x)
+        return total
     eight = constant(SHORTS, 8)
     codes, x = b.bitcast(codes, SHORTS), b.bitcast(x, SHORTS)
     even = b.and_(codes, constant(SHORTS, 255)), b.ashr(b.shl(x, eight), eight)

@@ -6,7 +6,7 @@ As in products.py each is made for one form of tiles, one part of a block and on
 from functools import cache
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from refllm.kernels.packed import tables
@@ -17,12 +17,14 @@ from refllm.kernels.packed.dots import (
     emit_function,
     emit_parts,
     quads_of,
+    shuffle_of_sixteen,
 )
 from refllm.kernels.packed.lane_math import emit_fma
 from refllm.kernels.packed.lane_memory import emit_load
 from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
 from refllm.kernels.packed.simd import (
     F32,
+    I8,
     I16,
     I32,
     LANES,
@@ -122,23 +124,57 @@ def kept_products(form: Form, n: int):
 
 def _expand(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Consecutive values in the lanes of a mask, zeros in the others; and the address behind them."""
-    stored, zero = (I16, 0) if half else (F32, 0.0)
-    widen = (lambda value: emit_half_to_float(b, value)) if half else lambda value: value
-    size = ir.Constant(place.type, 2 if half else 4)
     if "+avx512f" in target_features():
-        count = b.call(emit_function(b, "llvm.ctpop.i16", I16, I16), [mask])
-        bits = b.bitcast(mask, ir.VectorType(ir.IntType(1), LANES))
-        call = emit_function(b, "llvm.x86.avx512.mask.expand.v16f32", Floats.llvm, Floats.llvm, Floats.llvm, bits.type)
-        numbers = widen(emit_load(b, place, 0, ir.VectorType(stored, LANES)))
-        number = b.call(call, [numbers, constant(Floats.llvm, 0.0), bits])
-        return number, b.add(place, b.mul(b.zext(count, place.type), size))
+        return _expand_at_once(b, half, mask, place)
+    return (_expand_by_fours if shuffle_of_sixteen() else _expand_one_by_one)(b, half, mask, place)
+
+
+def _load_values(b: ir.IRBuilder, half: bool, place: ir.Value, count: int) -> ir.Value:
+    """Consecutive values as floats."""
+    values = emit_load(b, place, 0, ir.VectorType(I16 if half else F32, count))
+    return emit_half_to_float(b, values) if half else values
+
+
+def _expand_at_once(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
+    count = b.call(emit_function(b, "llvm.ctpop.i16", I16, I16), [mask])
+    bits = b.bitcast(mask, ir.VectorType(ir.IntType(1), LANES))
+    call = emit_function(b, "llvm.x86.avx512.mask.expand.v16f32", Floats.llvm, Floats.llvm, Floats.llvm, bits.type)
+    number = b.call(call, [_load_values(b, half, place, LANES), constant(Floats.llvm, 0.0), bits])
+    return number, b.add(place, b.mul(b.zext(count, place.type), place.type(2 if half else 4)))
+
+
+# For each mask of four lanes: which bytes of four consecutive floats come there (from 128 on: zeros), and how many
+# lanes have one, the numbers of all masks in one word.
+_FOURS = [[mask >> lane & 1 for lane in range(4)] for mask in range(16)]
+_BYTES_OF_FOUR = [
+    4 * sum(kept[:lane]) + byte if kept[lane] else 128 for kept in _FOURS for lane in range(4) for byte in range(4)
+]
+_COUNTS = sum(sum(kept) << 4 * mask for mask, kept in enumerate(_FOURS))
+
+
+def _expand_by_fours(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
+    table = cgutils.global_constant(b.module, "bytes_of_four", ir.Constant(ir.ArrayType(I8, 256), _BYTES_OF_FOUR))
+    table, mask, sixteen = b.ptrtoint(table, place.type), b.zext(mask, place.type), ir.VectorType(I8, 16)
+    call, fours = emit_function(b, shuffle_of_sixteen(), sixteen, sixteen, sixteen), []
+    for first in range(0, LANES, 4):
+        four = b.and_(b.lshr(mask, mask.type(first)), mask.type(15))
+        index = emit_load(b, b.add(table, b.shl(four, four.type(4))), 0, sixteen)
+        values = b.bitcast(_load_values(b, half, place, 4), sixteen)
+        fours.append(b.bitcast(b.call(call, [values, index]), ir.VectorType(F32, 4)))
+        count = b.and_(b.lshr(four.type(_COUNTS), b.shl(four, four.type(2))), four.type(15))
+        place = b.add(place, b.shl(count, count.type(1 if half else 2)))
+    return emit_together(b, fours), place
+
+
+def _expand_one_by_one(b: ir.IRBuilder, half: bool, mask: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
+    stored, zero, size = (I16, 0, 2) if half else (F32, 0.0, 4)
     vector = constant(ir.VectorType(stored, LANES), zero)
     for lane in range(LANES):
         kept = b.trunc(b.lshr(mask, I16(lane)), ir.IntType(1))
         value = b.select(kept, emit_load(b, place, 0, stored), stored(zero))
         vector = b.insert_element(vector, value, I32(lane))
-        place = b.add(place, b.select(kept, size, ir.Constant(place.type, 0)))
-    return widen(vector), place
+        place = b.add(place, b.select(kept, place.type(size), place.type(0)))
+    return emit_half_to_float(b, vector) if half else vector, place
 
 
 def _numbers(b: ir.IRBuilder, form: Form, codes: ir.Value, quads: range, zero: ir.Value, table: ir.Value):

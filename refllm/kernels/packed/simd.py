@@ -43,7 +43,15 @@ Floats, Ints, Doubles = Vector(F32), Vector(I32), Vector(F64, LANES // 2)
 def target_features() -> frozenset[str]:
     """Features of Numba's target, which NUMBA_CPU_FEATURES may set apart from this machine's: {"+avx", ...}."""
     features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return frozenset(features.split(","))
+    return frozenset((features or ",".join(_apples_features())).split(","))
+
+
+def _apples_features() -> list[str]:
+    """What Macs have, of which LLVM says nothing but the processor's name."""
+    name = config.CPU_NAME or llvm.get_host_cpu_name()
+    if not name.startswith("apple-"):
+        return []
+    return ["+neon", "+dotprod"] if name == "apple-m1" else ["+neon", "+dotprod", "+i8mm"]
 
 
 def target_has_half() -> bool:
