@@ -268,6 +268,7 @@ def _measured(model: Model, recipes, setting: Setting, given: dict, leave_out, o
         (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
         # No tokenizer: the processes get ids, and loading one would count in their memory.
         base = replace(model, tokenizer=None)
+        _compile(base, setting)
         yield _measure(base, "none", setting, folder, is_base=True)
         for done, recipe in enumerate(recipes, 1):
             if on_recipe is not None:
