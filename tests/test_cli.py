@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -565,3 +566,14 @@ def test_threads_are_limited_before_numpy_comes():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
+@pytest.mark.parametrize(("machine", "hidden"), [("arm64", {"matmul"}), ("x86_64", set())])
+def test_false_alarms_of_a_product_are_not_shown_on_arm(monkeypatch, machine, hidden):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        main(["lesson", "--json"])
+        for where in ("matmul", "exp"):
+            warnings.warn(f"overflow encountered in {where}", RuntimeWarning, stacklevel=1)
+    assert {str(warning.message).split()[-1] for warning in shown} == {"matmul", "exp"} - hidden

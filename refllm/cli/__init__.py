@@ -6,11 +6,16 @@ heavy is imported before a command runs, so that `refllm --help` is quick.
 """
 
 import os
+import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from refllm.cli.common import Parser, Silent, UsageError
+
+# There OpenBLAS multiplies what lies behind the end of small matrices, too, and NumPy reports what comes of it.
+ARM, FALSE_ALARMS = ("aarch64", "arm64"), ".* encountered in matmul"
 
 
 def build_parser() -> Parser:
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     _replace_what_the_terminal_cannot_show()
     _limit_threads(argv)
+    if platform.machine().lower() in ARM:
+        warnings.filterwarnings("ignore", FALSE_ALARMS, RuntimeWarning)
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed the help or the error
