@@ -319,15 +319,18 @@ def kmeans(
 
 
 def _squares(X: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Squared distances of vectors from one centre, or from one each; the elements are added in order."""
+    """Squared distances of vectors from a centre; the elements are added in order."""
     total = np.zeros(len(X))
-    for x, c in zip(X.T, np.atleast_2d(centre).T, strict=True):
-        total += (x - c) ** 2
+    for x, c in zip(X.T, centre, strict=True):
+        off = x - c
+        off *= off
+        total += off
     return total
 
 
 def _seeds(X: np.ndarray, K: int, rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
     """k-means++; once every vector with a weight is a centre, the first seed again."""
+    X = np.asfortranarray(X)  # _squares reads one coordinate of all vectors after another
     chances, squares, chosen = weights, np.full(len(X), np.inf), []
     for _ in range(K):
         sums = np.cumsum(chances)
