@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from refllm.cli.common import Parser, Silent, UsageError
 
-# There OpenBLAS multiplies what lies behind the end of small matrices, too, and NumPy reports what comes of it.
+# There NumPy at times reports an overflow or a division by zero in a product of small finite matrices; the same product
+# again passes. Presumably OpenBLAS multiplies what lies behind their ends, too, and drops it.
 ARM, FALSE_ALARMS = ("aarch64", "arm64"), ".* encountered in matmul"
 
 
