@@ -19,24 +19,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from refllm.evaluate.first_run import compile_for_all, run_once
 from refllm.evaluate.kept import fingerprint, keep_row, kept_rows
 from refllm.evaluate.measure import sizes
 from refllm.evaluate.perplexity import check_window, plan
 from refllm.evaluate.recall import ITEMS, prompts, questions, share_found
 from refllm.formats.process import child_environment
 from refllm.kernels.packed.threads import thread_count
-from refllm.methods.apply import check, compress, needs_calibration, with_activations
+from refllm.methods.apply import check, compress, needs_calibration
 from refllm.methods.recipes import parse
 from refllm.model.model import Model
 from refllm.model.native import save_native
-from refllm.model.sample import generate_ids
 
 DEFAULT_WINDOW = 512
 DEFAULT_TOKENS = 4096
@@ -101,6 +100,11 @@ class Setting:
     starts: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
     items: int = ITEMS
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The tokens that are read before new ones are written."""
+        return self.ids[: self.prompt_tokens]
 
     @property
     def protocol(self) -> str:
@@ -231,12 +235,17 @@ def compare(
         of = fingerprint(model, measured_by, [given, repr(asked)])
         keep, rows = partial(keep_row, resume, of), kept_rows(resume, of)
     recipes = list(dict.fromkeys(recipes))
-    refused = _refused(model, [recipe for recipe in recipes if recipe not in rows], setting)
+    for recipe in recipes:
+        parse(recipe)  # a typing error ends everything
+    missing = [recipe for recipe in recipes if recipe not in rows]
+    if missing:
+        compile_for_all(replace(model, tokenizer=None), missing, setting.prompt, setting.activations)
+    refused = _refused(model, missing, setting)
     if refused and len(refused) == len(recipes):
         raise ValueError("; ".join(f"{recipe}: {error}" for recipe, error in refused.items()))
     for recipe, error in refused.items():
         leave_out(recipe, error)
-    missing = [recipe for recipe in recipes if recipe not in rows and recipe not in refused]
+    missing = [recipe for recipe in missing if recipe not in refused]
     if missing or "none" not in rows:
         for row in _measured(model, missing, setting, given, leave_out, on_recipe):
             row = _with_recall(row, asked, model.tokenizer)
@@ -268,7 +277,7 @@ def _measured(model: Model, recipes, setting: Setting, given: dict, leave_out, o
         (folder / "tasks.json").write_text(json.dumps(given), encoding="utf-8")
         # No tokenizer: the processes get ids, and loading one would count in their memory.
         base = replace(model, tokenizer=None)
-        _compile(base, setting)
+        run_once(base, setting.prompt, setting.activations, write=2)
         yield _measure(base, "none", setting, folder, is_base=True)
         for done, recipe in enumerate(recipes, 1):
             if on_recipe is not None:
@@ -277,24 +286,12 @@ def _measured(model: Model, recipes, setting: Setting, given: dict, leave_out, o
                 continue
             try:
                 small = compress(base, recipe, setting.calibration if needs_calibration(recipe) else None)
-                _compile(small, setting)
+                run_once(small, setting.prompt, setting.activations, write=2)
                 row = _measure(small, recipe, setting, folder)
             except ValueError as error:  # a scale beyond its type, say: the other rows are worth having
                 leave_out(recipe, error)
                 continue
             yield row
-
-
-def _compile(model: Model, setting: Setting) -> None:
-    """Compile the kernels of a model, so that the process that measures it finds them in the cache.
-
-    Else the first time its peak memory would be the compiler's, up to a hundred megabytes more. What a model does not
-    take is that process's to say.
-    """
-    with suppress(ValueError):
-        prompt = setting.ids[: setting.prompt_tokens]  # some kernels are for long ones
-        for _ in generate_ids(with_activations(model, setting.activations), prompt, 2, stop_ids=()):
-            pass
 
 
 def _with_recall(row: dict, asked: dict, tokenizer) -> dict:
@@ -311,10 +308,8 @@ def _with_recall(row: dict, asked: dict, tokenizer) -> dict:
 
 def _refused(model: Model, recipes: Sequence[str], setting: Setting) -> dict[str, ValueError]:
     """The recipes that this model or setting cannot take, and why."""
-    for recipe in recipes:
-        parse(recipe)  # a typing error ends everything
     refused = {}
-    for recipe in dict.fromkeys(recipes):
+    for recipe in recipes:
         try:
             check(model, recipe, setting.calibration)
         except ValueError as error:
