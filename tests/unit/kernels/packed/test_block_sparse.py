@@ -1,8 +1,5 @@
 """Block sparsity: the record holds what it was made from, and its products meet the kept blocks only."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +12,7 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import fast, has_codes, matmul, reference
 from refllm.kernels.packed.records import BlockSparse, from_parts, meta, parts
 from refllm.kernels.packed.tiled import form_of, tiles_of
+from tests.targets import GENERIC, run_for
 from tests.unit.kernels.packed.test_tables import MANY_CASES, bound, check_product, code_weights, rounded, tokens_and
 from tests.unit.kernels.packed.test_tiling import int_weight
 
@@ -180,8 +178,4 @@ def test_compress_refuses():
 
 
 def test_without_wide_vectors():
-    program = "from tests.unit.kernels.packed.test_block_sparse import *\ncheck_whole_numbers('A4', 3)"
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    environment = keep | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CPU_NAME": "generic"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_for(GENERIC, "from tests.unit.kernels.packed.test_block_sparse import *\ncheck_whole_numbers('A4', 3)")

@@ -4,10 +4,7 @@ A product must not depend on how many tokens come together, so where many are ch
 need hold for the few only. Weights are drawn by their numbers (test_tiling.py): no grid would fit most of them.
 """
 
-import os
 import re
-import subprocess
-import sys
 
 import numba
 import numpy as np
@@ -18,7 +15,7 @@ from numba import types
 
 from refllm.formats import blocks
 from refllm.kernels.grids import AffineGrid, SymmetricGrid
-from refllm.kernels.packed import dots, fast, level_kernels, reference, simd, threads, tile_kernels
+from refllm.kernels.packed import dots, fast, level_kernels, reference, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
 from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, lay_out_address, rounded_kind
@@ -26,6 +23,7 @@ from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from refllm.kernels.packed.tiling import Form
 from tests.strategies import ACTIVATION_ROWS, KERNEL, activation_row, gamma
+from tests.targets import AVX, AVX2, GENERIC, run_for
 from tests.unit.kernels.packed.test_tiling import GGUF, gguf_blocks, int_weight
 
 BLOCKS_OF, HALVES_OF = [32, 64, 128, -1, 0], [16]  # groups of whole blocks, and two of them in a block
@@ -489,29 +487,18 @@ for form in ("Q2_K", "Q4_K", "Q6_K"):
 check_activations(drawn_activations(96, ACTIVATION_ROWS, 0), 1)
 check_super_blocks(drawn_activations(512, ACTIVATION_ROWS, 0), 1)
 """
-AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+cmov,+cx8,+fxsr,+mmx"
-X86 = any("sse2" in feature for feature in simd.target_features())
 
 
 @pytest.mark.parametrize(
-    "name, features, dots",
+    "features, dots",
     [
-        pytest.param("haswell", AVX2, [dots.X86_BYTE_PAIRS, dots.PORTABLE], id="avx2"),
-        pytest.param("haswell", AVX2.replace("+avx2,", "-avx2,"), [dots.PORTABLE] * 2, id="portable with avx"),
-        pytest.param("generic", None, [dots.PORTABLE] * 2, id="generic"),
+        pytest.param(AVX2, [dots.X86_BYTE_PAIRS, dots.PORTABLE], id="avx2"),
+        pytest.param(AVX, [dots.PORTABLE] * 2, id="portable with avx"),
+        pytest.param(GENERIC, [dots.PORTABLE] * 2, id="generic"),
     ],
 )
-def test_the_other_forms_of_the_dot_product(name, features, dots):
-    """Targets but this machine's, in a process of their own."""
-    if name != "generic" and (not X86 or "+avx2" not in simd.target_features()):
-        pytest.skip("this machine does not run AVX2 code")
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    environment = keep | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CPU_NAME": name}
-    if features is not None:
-        environment["NUMBA_CPU_FEATURES"] = features
-    program = f"FORMS_OF_THE_DOT = {dots}\n{OTHER_TARGETS}"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_other_forms_of_the_dot_product(features, dots):
+    run_for(features, f"FORMS_OF_THE_DOT = {dots}\n{OTHER_TARGETS}")
 
 
 def assembly(form, n):

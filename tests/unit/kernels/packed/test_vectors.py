@@ -1,8 +1,5 @@
 """Vector quantisation: the record is what its formula says, and its products read the vectors that codes name."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +12,7 @@ from refllm.kernels.packed import fast, has_codes, matmul, reference
 from refllm.kernels.packed.records import VectorWeight
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from tests.strategies import KERNEL, PROPERTY, gamma
+from tests.targets import GENERIC, run_for
 from tests.unit.kernels.packed.test_tables import LEAST, tokens_and
 
 EVERY = 0  # spans: as many as there are vectors in a row
@@ -122,11 +120,7 @@ def test_whole_numbers_are_exact(books, vectors, d):
 
 
 def test_whole_numbers_without_wide_vectors():
-    program = "from tests.unit.kernels.packed.test_vectors import *\ncheck_whole_numbers(whole(d=4))"
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    environment = keep | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CPU_NAME": "generic"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_for(GENERIC, "from tests.unit.kernels.packed.test_vectors import *\ncheck_whole_numbers(whole(d=4))")
 
 
 def test_not_a_number_poisons_its_token_and_threads_change_nothing(monkeypatch):
