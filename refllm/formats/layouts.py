@@ -270,8 +270,10 @@ class Layout:
         word = np.dtype(f"u{dtype.itemsize}")
         number = np.zeros((len(flat), field.count), word)
         for part, byte, shift in self._places[field.name]:
-            piece = flat[:, byte] >> shift & np.uint8((1 << part.width) - 1)
-            number |= piece.astype(word) << word.type(part.low)
+            piece = flat.take(byte, axis=1, mode="clip")  # row by row in memory, unlike flat[:, byte]
+            piece >>= shift
+            piece &= np.uint8((1 << part.width) - 1)
+            number |= piece.astype(word, copy=False) << word.type(part.low)
         if dtype.kind == "i" and field.bits < 8 * dtype.itemsize:
             sign = word.type(1 << (field.bits - 1))
             number = (number ^ sign) - sign

@@ -212,17 +212,16 @@ def tile_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     tiles, blocks = -(-out // ROWS), -(-columns // BLOCK)
     if (out, columns) != (tiles * ROWS, blocks * BLOCK):
         codes = np.pad(codes, ((0, tiles * ROWS - out), (0, blocks * BLOCK - columns)))
-    quads = codes.reshape(tiles, ROWS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)  # [tile, block, quad, row, c]
-    made, start, low = np.empty((tiles, blocks, bits, ROWS * 4), np.uint8), 0, 0
+    fours = np.ascontiguousarray(codes).view(np.uint32).reshape(tiles, ROWS, blocks, BLOCK // 4)  # shifted at once
+    quads = np.ascontiguousarray(fours.transpose(3, 0, 1, 2))  # [quad, tile, row, block]
+    made, start, low = np.zeros((bits, tiles, ROWS, blocks), np.uint32), 0, 0
     for width in PLANES[bits]:
-        mask = np.uint8((1 << width) - 1)
+        mask = np.uint32(((1 << width) - 1) * 0x01010101)
         for v in range(width):
-            vector = np.zeros((tiles, blocks, ROWS, 4), np.uint8)
             for s in range(8 // width):
-                vector |= (quads[:, :, width * s + v] >> np.uint8(low) & mask) << np.uint8(width * s)
-            made[:, :, start + v] = vector.reshape(tiles, blocks, -1)
+                made[start + v] |= (quads[width * s + v] >> np.uint32(low) & mask) << np.uint32(width * s)
         start, low = start + width, low + width
-    return made.reshape(tiles, blocks, -1)
+    return np.ascontiguousarray(made.transpose(1, 3, 0, 2)).view(np.uint8).reshape(tiles, blocks, -1)
 
 
 def share_levels(sc: np.ndarray, mn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
