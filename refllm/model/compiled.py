@@ -15,7 +15,8 @@ import numpy as np
 from refllm.formats.files import forget_pages
 from refllm.kernels.packed import ACTIVATIONS, BITS, as_run, backend, has_codes, rows
 from refllm.kernels.packed.base import is_record
-from refllm.kernels.packed.quantized import GGUFBlocks
+from refllm.kernels.packed.inputs import StaticInputs
+from refllm.kernels.packed.quantized import GGUFBlocks, IntWeight
 from refllm.kernels.packed.rotated import Rotated
 from refllm.kernels.packed.sparse import LowRank, Sum
 from refllm.kernels.packed.threads import MINIMUM_WORK, thread_count
@@ -131,15 +132,24 @@ def _takes(model: Model, cache: KVCache) -> bool:
         if isinstance(weight, Rotated) and not name.endswith(TURNED):
             return False
         for part in _parts(weight):
-            part, activations = as_run(part, model.runtime.activations)
+            part, bits, _ = _inputs(part, model.runtime.activations)
             if not is_record(part):
                 if part.dtype != np.float32:
                     return False
-            elif (form := form_of(part)) is None or (activations in BITS and has_codes(part) and not form.has_integers):
+            elif (form := form_of(part)) is None or (bits and not form.has_integers):
                 return False
         if _rank(weight) > most:  # beyond every width: there is no room for it
             return False
     return True
+
+
+def _inputs(part, activations: str) -> tuple:
+    """What a product multiplies, the bits of its inputs (0: floats), and their scale if it was found in calibration."""
+    if isinstance(part, StaticInputs) and part.zero_point is None and isinstance(part.weight, IntWeight):
+        if part.bits in BITS.values():
+            return part.weight, part.bits, part.scale.item()
+    part, activations = as_run(part, activations)
+    return part, BITS[activations] if activations in BITS and is_record(part) and has_codes(part) else 0, 0
 
 
 class Compiled:
@@ -362,18 +372,18 @@ class Compiled:
         from refllm.kernels.packed.tiled import tiles_of
         from refllm.kernels.packed.tiling import ROWS
 
-        weight, activations = as_run(weight, self.model.runtime.activations)
+        weight, bits, scale = _inputs(weight, self.model.runtime.activations)
         tiles = -(-weight.shape[0] // ROWS)
         if not is_record(weight):
             weight = np.require(weight, np.float32, ["C", "A"])
             table = np.array([self._address(weight), *weight.shape, weight.strides[0]], np.int64)
             return self._address(table), dense_address(), FLOAT, tiles
         made, kind = tiles_of(weight), FLOAT
-        if activations in BITS and has_codes(weight):
-            kind = rounded_kind(activation_block(weight), BITS[activations])
+        if bits:
+            kind = rounded_kind(activation_block(weight), bits)
         self._kept.append(made)
         kernel = product_address(made.form, kind, n, alone=self._threads(1) == 1)
-        return self._address(made.table), kernel, laid_kind(made.form, kind), tiles
+        return self._address(made.table), kernel, laid_kind(made.form, kind, scale), tiles
 
     def _address(self, array: np.ndarray) -> int:
         """Where an array lies; it is kept as long as this step."""

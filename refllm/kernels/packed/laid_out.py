@@ -56,7 +56,7 @@ TOKENS = 12 if "+avx512f" in target_features() else 5
 # Kinds of activations: as they are; int8 with a scale per 32 columns, per token, or (for levels, and only for them) per
 # SUPER columns with a shift per 32; and FOUR added: 4 bits of the 8.
 FLOAT, BLOCKS, TOKEN, SUPERS, FOUR = 0, 1, 2, 3, 4
-KINDS = 3  # bits of a kind
+KINDS, GIVEN = 3, 32  # where the offset begins above a kind, and the bits of a scale that is given (laid_kind)
 SMALLEST = np.float32(0.5**SHIFTS)  # what the step of a super-block's largest number is multiplied with: shift 0
 ABOVE = SUPER // BLOCK
 HALVES_AT, PAIRS_AT, REACH_AT, SHIFTS_AT, SUPER_WORDS = split_words(2 * SUPER // BLOCK), 12, 16, 24, 32
@@ -72,9 +72,13 @@ def rounded_kind(block: int, bits: int) -> int:
     return {0: TOKEN, BLOCK: BLOCKS, SUPER: SUPERS}[block] + (FOUR if bits == 4 else 0)
 
 
-def laid_kind(form: Form, kind: int) -> int:
-    """The kind of activations that a form wants: `kind`, and above it the offset of sums that begin with it."""
-    return kind | form.offset << KINDS if begins(form, kind != FLOAT) else kind
+def laid_kind(form: Form, kind: int, scale: float = 0) -> int:
+    """The kind of activations that a form wants: `kind`, above it the offset of sums that begin with it, then a scale.
+
+    scale : of whole tokens that are not to be measured (float32, positive); 0: each token has its own.
+    """
+    given = int(np.float32(scale).view(np.uint32)) << GIVEN
+    return kind | given | (form.offset << KINDS if begins(form, kind != FLOAT) else 0)
 
 
 @jitable
@@ -179,7 +183,8 @@ def lay_out_text(n: int):
     """
 
     def lay_out(source, tokens, columns, kind, x, x_scale, x_sums, first, last):
-        blocks, offset, kind = columns // BLOCK, kind >> KINDS, kind & (1 << KINDS) - 1
+        given, blocks = kind >> GIVEN, columns // BLOCK
+        offset, kind = (kind & (1 << GIVEN) - 1) >> KINDS, kind & (1 << KINDS) - 1
         most, kind, scales = 7 if kind & FOUR else 127, kind & ~FOUR, room(1)
         x_bytes = BLOCK * (4 if kind == FLOAT else 1)
         for panel in range(first, last):
@@ -188,6 +193,8 @@ def lay_out_text(n: int):
                 if kind == TOKEN and token < tokens:
                     scale = _amax(source + 4 * token * columns, columns) / np.float32(most)
                 store_float(scales + 4 * i, scale)
+                if given and scale < np.inf:  # else the token holds NaN or Inf, and so will its products
+                    store_whole(scales + 4 * i, given)
             for start in range(0, blocks, ABOVE):  # token by token: they write to the same lines of the cache
                 for i in range(n):
                     at, token = (panel * blocks + start) * n + i, panel * n + i

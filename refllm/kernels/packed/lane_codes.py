@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 from refllm.kernels.packed.lane_memory import emit_load, loader
 from refllm.kernels.packed.lanes import emit_join, emit_splat, emit_together, several
-from refllm.kernels.packed.simd import I8, I32, I64, LANES, Floats, Ints, constant, emit_columns, emit_small_float
+from refllm.kernels.packed.simd import F32, I8, I32, I64, LANES, Floats, Ints, constant, emit_columns, emit_small_float
 from refllm.kernels.packed.tables import SMALL
 
 load_signed = loader(Floats, ir.VectorType(I8, LANES), lambda b, v: b.sitofp(v, Floats.llvm))
@@ -93,15 +93,14 @@ def store_codes(typing, address, low, high, most):
 
     def generate(context, b, sig, args):
         address, low, high, most = args
-        most = emit_splat(b, b.trunc(most, I32))
-        least, zero = b.neg(most), constant(many, 0)
+        most = emit_splat(b, b.sitofp(most, F32))
+        least, zero = b.fneg(most), constant(many, 0)
 
         def rounded(x):
             number = b.select(b.fcmp_ordered("==", x, x), x, constant(Floats.llvm, 0.0))
-            # Beyond, by less than half, only where the scale was rounded to one of the smallest numbers there are.
-            whole = b.fptosi(number, Ints.llvm)
-            whole = b.select(b.icmp_signed("<", whole, most), whole, most)
-            return b.trunc(b.select(b.icmp_signed(">", whole, least), whole, least), few)
+            number = b.select(b.fcmp_ordered("<", number, most), number, most)
+            number = b.select(b.fcmp_ordered(">", number, least), number, least)
+            return b.trunc(b.fptosi(number, Ints.llvm), few)
 
         def total(codes, offset):
             """Sums of unsigned bytes have an instruction on many processors."""

@@ -95,6 +95,24 @@ def test_rounded_activations_of_the_bundled_model_get_the_same_codes(activations
     check_rounded_alike(packed(model, "rtn:bits=4,group=32"), activations, ids, monkeypatch)
 
 
+@pytest.mark.parametrize("stage", ["static", "static:bits=4", "static:observer=percentile,percentile=90"])
+def test_inputs_with_a_scale_of_calibration_get_the_same_codes(stage, monkeypatch):
+    """The last one saturates; whatever the run-time stage says, a record is taken at its word."""
+    for shape in SHAPES.values():
+        model = random_model("llama", **shape)
+        small = refllm.compress(model, f"rtn:bits=8,symmetric=true,group=-1+{stage}", IDS[:50])
+        for activations in ("float32", "int8"):
+            check_rounded_alike(small, activations, IDS, monkeypatch)
+
+
+@pytest.mark.parametrize("stage", ["static:symmetric=false", "static:bits=6"])
+def test_other_inputs_with_a_scale_of_calibration_are_left_to_the_readable_pass(stage):
+    small = refllm.compress(random_model("llama"), f"rtn:bits=8,symmetric=true,group=-1+{stage}", IDS[:50])
+    cache = new_cache(small)
+    forward(small, IDS[:1], cache=cache)
+    assert cache.compiled[1] is None
+
+
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("sizes", [(4, 48), (6, 48), (4, 172), (4, 176)], ids=str)
 def test_inputs_are_turned_inside(sizes, activations, monkeypatch):

@@ -18,7 +18,18 @@ from refllm.kernels.grids import AffineGrid, SymmetricGrid
 from refllm.kernels.packed import dots, fast, level_kernels, reference, threads, tile_kernels
 from refllm.kernels.packed.activations import quantize_activations, quantize_shifted
 from refllm.kernels.packed.fast import tile_matmul
-from refllm.kernels.packed.laid_out import BLOCKS, FLOAT, KINDS, SUPERS, TOKEN, TOKENS, lay_out_address, rounded_kind
+from refllm.kernels.packed.inputs import StaticInputs
+from refllm.kernels.packed.laid_out import (
+    BLOCKS,
+    FLOAT,
+    KINDS,
+    SUPERS,
+    TOKEN,
+    TOKENS,
+    laid_kind,
+    lay_out_address,
+    rounded_kind,
+)  # fmt: skip
 from refllm.kernels.packed.records import GGUFBlocks, IntWeight
 from refllm.kernels.packed.tiled import form_of, tiles_of
 from refllm.kernels.packed.tiling import Form
@@ -357,6 +368,30 @@ def test_the_ends_of_integers(form):
 )
 def test_activations_bit_for_bit(n, count, kinds, seed):
     check_activations(drawn_activations(32 * count, kinds, seed), n)
+
+
+@pytest.mark.parametrize("n", [1, TOKENS])
+@KERNEL
+@given(
+    kinds=st.lists(st.sampled_from(ACTIVATION_ROWS), min_size=1, max_size=7),
+    scale=st.floats(np.float32(2.0**-149), float(np.finfo(np.float32).max), width=32) | st.sampled_from([0.01, 0.125]),
+    bits=st.sampled_from([8, 4]),
+    bad=st.sampled_from([0, np.nan, np.inf, -np.inf, 3e38, -3e38]),
+    seed=st.integers(0, 2**16),
+)
+def test_activations_with_a_given_scale_bit_for_bit(n, kinds, scale, bits, bad, seed):
+    """Those of StaticInputs: what is far beyond the scale saturates, and NaN or Inf poisons its token."""
+    x = drawn_activations(96, kinds, seed)
+    x[-1, 40] = bad
+    given = StaticInputs(weights("S4 float16", 1, 3, 0, False), np.full((1, 1), scale, np.float32), None, bits)
+    expected, steps, _ = given.steps(x)
+    kind = laid_kind(Form(8, "half", offset=0), rounded_kind(0, bits), scale)
+    codes, found, sums = laid_out(x, kind, n)
+    assert np.array_equal(codes[: len(x)], expected) and not codes[len(x) :].any()
+    finite = np.isfinite(steps)
+    assert np.array_equal(np.isfinite(found[: len(x)]), np.broadcast_to(finite, found[: len(x)].shape))
+    assert (found[: len(x)][finite[:, 0]] == np.float32(scale)).all()
+    assert np.array_equal(sums[: len(x), :, 0], expected.reshape(len(x), -1, 32).sum(-1))
 
 
 @KERNEL
