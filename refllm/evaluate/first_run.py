@@ -48,23 +48,17 @@ def compile_for_all(model: Model, recipes: Sequence[str], ids: np.ndarray, activ
         return
     small = first_layer(model)
     with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as place:
-        save_native(small, Path(place) / "model")
-        job = {"folder": f"{place}/model", "recipes": recipes[::-1], "ids": ids.tolist(), "activations": activations}
-        second = subprocess.Popen(
-            [sys.executable, "-m", "refllm.evaluate.first_run"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # what it has not compiled is compiled when it is needed
-            env=child_environment(),
-            text=True,
-        )
-        with second, Progress() as progress:
+        save_native(small, Path(place, "model"))
+        job = {"recipes": recipes[::-1], "ids": ids.tolist(), "activations": activations}
+        Path(place, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        silent = subprocess.DEVNULL  # what the second has not compiled is compiled when it is needed
+        command = [sys.executable, "-m", "refllm.evaluate.first_run", place]
+        with subprocess.Popen(command, stdout=silent, stderr=silent, env=child_environment()) as second:
             try:
-                with suppress(BrokenPipeError):
-                    json.dump(job, second.stdin)
-                    second.stdin.close()
                 _run_all(small, recipes, ids, activations, write=1)
-                progress.show("a second process compiles the last kernels")
+                with Progress() as progress:
+                    progress.show("a second process compiles the last kernels")
+                    second.wait()
             except BaseException:
                 second.kill()
                 raise
@@ -97,9 +91,10 @@ def run_once(model: Model, ids: np.ndarray, activations: str, write: int) -> Non
 
 
 def main() -> None:
-    """The second process: a job as JSON on stdin."""
-    job = json.load(sys.stdin)
-    model, ids = load(job["folder"]), np.array(job["ids"])
+    """The second process. Its argument is a folder with the model and the rest of `compile_for_all`'s arguments."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    model, ids = load(folder / "model"), np.array(job["ids"])
     run_once(model, ids[:1], job["activations"], write=2)
     _run_all(model, job["recipes"], ids, job["activations"], write=2)
 

@@ -149,7 +149,8 @@ def _inputs(part, activations: str) -> tuple:
         if part.bits in BITS.values():
             return part.weight, part.bits, part.scale.item()
     part, activations = as_run(part, activations)
-    return part, BITS[activations] if activations in BITS and is_record(part) and has_codes(part) else 0, 0
+    rounded = activations in BITS and is_record(part) and has_codes(part)
+    return part, BITS[activations] if rounded else 0, 0
 
 
 class Compiled:
