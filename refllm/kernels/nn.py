@@ -87,7 +87,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
     """
     top = np.max(x, axis=-1, keepdims=True).astype(np.float64)
     e = x - np.where(np.isneginf(top), 0, top)
-    np.exp(e, out=e)  # in place: new memory for each step would take as long as the exponentials
+    # In place: new memory for each step would take as long as the exponentials. That of -inf would take as long as any.
+    np.exp(e, out=e, where=e > -np.inf)
+    np.maximum(e, 0, out=e)
     total = np.sum(e, axis=-1, keepdims=True)
     e /= np.where(total == 0, 1, total)
     return e.astype(x.dtype, copy=False)
