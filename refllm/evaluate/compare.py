@@ -235,17 +235,12 @@ def compare(
         of = fingerprint(model, measured_by, [given, repr(asked)])
         keep, rows = partial(keep_row, resume, of), kept_rows(resume, of)
     recipes = list(dict.fromkeys(recipes))
-    for recipe in recipes:
-        parse(recipe)  # a typing error ends everything
-    missing = [recipe for recipe in recipes if recipe not in rows]
-    if missing:
-        compile_for_all(replace(model, tokenizer=None), missing, setting.prompt, setting.activations)
-    refused = _refused(model, missing, setting)
+    refused = _refused(model, [recipe for recipe in recipes if recipe not in rows], setting)
     if refused and len(refused) == len(recipes):
         raise ValueError("; ".join(f"{recipe}: {error}" for recipe, error in refused.items()))
     for recipe, error in refused.items():
         leave_out(recipe, error)
-    missing = [recipe for recipe in missing if recipe not in refused]
+    missing = [recipe for recipe in recipes if recipe not in rows and recipe not in refused]
     if missing or "none" not in rows:
         for row in _measured(model, missing, setting, given, leave_out, on_recipe):
             row = _with_recall(row, asked, model.tokenizer)
@@ -307,7 +302,10 @@ def _with_recall(row: dict, asked: dict, tokenizer) -> dict:
 
 
 def _refused(model: Model, recipes: Sequence[str], setting: Setting) -> dict[str, ValueError]:
-    """The recipes that this model or setting cannot take, and why."""
+    """The recipes that this model or setting cannot take, and why. They run here first, so kernels come before."""
+    for recipe in recipes:
+        parse(recipe)  # a typing error ends everything
+    compile_for_all(replace(model, tokenizer=None), recipes, setting.prompt, setting.activations)
     refused = {}
     for recipe in recipes:
         try:

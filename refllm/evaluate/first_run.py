@@ -44,7 +44,7 @@ def compile_for_all(model: Model, recipes: Sequence[str], ids: np.ndarray, activ
     from refllm.kernels.packed.compile import kernel_folder
 
     folder = kernel_folder() if backend() == "numba" else None
-    if folder is None or any(folder.rglob("*.nbc")):
+    if not recipes or folder is None or any(folder.rglob("*.nbc")):
         return
     small = first_layer(model)
     with tempfile.TemporaryDirectory(prefix="refllm-", ignore_cleanup_errors=True) as place:

@@ -75,7 +75,12 @@ def rounded_kind(block: int, bits: int) -> int:
 def laid_kind(form: Form, kind: int, scale: float = 0) -> int:
     """The kind of activations that a form wants: `kind`, above it the offset of sums that begin with it, then a scale.
 
-    scale : of whole tokens that are not to be measured (float32, positive); 0: each token has its own.
+    Parameters
+    ----------
+    form : Form
+    kind : int
+    scale : float32
+        Beside TOKEN: positive, of all tokens, none of which is then measured; or 0, each has its own.
     """
     given = int(np.float32(scale).view(np.uint32)) << GIVEN
     return kind | given | (form.offset << KINDS if begins(form, kind != FLOAT) else 0)
