@@ -185,7 +185,7 @@ def squeezellm(bug, op, params, w, fisher):
 
 
 def best_table(bug, row, h, count):
-    from refllm.kernels.kmeans import exact_1d
+    from refllm.kernels.kmeans_1d import exact_1d
 
     if not h.any():
         return np.zeros(count)

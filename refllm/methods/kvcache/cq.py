@@ -31,7 +31,8 @@ import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.attention import attend, visible
-from refllm.kernels.kmeans import kmeans, near_best_1d, nearest
+from refllm.kernels.kmeans import kmeans, nearest
+from refllm.kernels.kmeans_1d import near_best_1d
 from refllm.kernels.nn import softmax
 from refllm.kernels.packed.records import as_float
 from refllm.methods.kvcache._books import decode, encode, mix_codes, table_scores

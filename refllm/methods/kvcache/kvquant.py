@@ -36,7 +36,7 @@ Golden: kvcache/kvquant, kvcache/kvquant_learn
 import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
-from refllm.kernels.kmeans import near_best_1d, nearest_1d
+from refllm.kernels.kmeans_1d import near_best_1d, nearest_1d
 from refllm.methods.kvcache._coded import CodedStore
 from refllm.model.cached import cache_sensitivity, cached_values
 from refllm.model.model import Model

@@ -31,7 +31,7 @@ import numpy as np
 
 from refllm.formats.bits import pack_bits, unpack_bits
 from refllm.kernels.hadamard import random_rotation
-from refllm.kernels.kmeans import nearest_1d
+from refllm.kernels.kmeans_1d import nearest_1d
 from refllm.methods.kvcache._coded import CodedStore
 
 

@@ -24,7 +24,7 @@ Baseline: rtn:bits=3,group=8
 
 import numpy as np
 
-from refllm.kernels.kmeans import near_best_1d, nearest_1d
+from refllm.kernels.kmeans_1d import near_best_1d, nearest_1d
 from refllm.kernels.packed.records import SparseRows, Sum, TableRows, as_float
 from refllm.kernels.stats import Stats
 

@@ -13,7 +13,8 @@ from refllm.evaluate.measure import sizes
 from refllm.formats.bits import pack_bits
 from refllm.formats.errors import FormatError
 from refllm.kernels.attention import attend
-from refllm.kernels.kmeans import kmeans, near_best_1d, nearest_1d
+from refllm.kernels.kmeans import kmeans
+from refllm.kernels.kmeans_1d import near_best_1d, nearest_1d
 from refllm.kernels.rope import cos_sin, rotate
 from refllm.methods.apply import check, needs_calibration
 from refllm.methods.finish.vqllm import codebook_product, gather_product, histogram, hit_rates, traffic, vqllm

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refllm
-from refllm.kernels.kmeans import exact_1d
+from refllm.kernels.kmeans_1d import exact_1d
 from refllm.kernels.packed.records import SparseRows, Sum, TableRows
 from refllm.kernels.stats import Stats
 from refllm.methods.apply import check
