@@ -85,6 +85,7 @@ _keys_of, _values_of = _side_loader("k"), _side_loader("v")
 _BLOCKS, _K_TAIL, _TOKENS, _V_TAIL, _RESIDUAL, _START = range(2 * len(_SIDE), len(WORDS))
 
 
+@cache  # kernels share it: it is compiled once in a process
 def _sum_run(bits: int, n: int, vectors: int):
     """add_block for `vectors` times sixteen codes of every row that share scales."""
 
@@ -132,6 +133,7 @@ def _spread(x, room, n, count, side, out):
             width *= 2
 
 
+@cache
 def _fold_scales(n: int):
     """Scales and minima of several groups side by side, for all heads."""
 

@@ -4,6 +4,7 @@ Sums run block by block along a row in a fixed order, each row in its own lane.
 """
 
 from dataclasses import replace
+from functools import cache
 
 from refllm.kernels.packed.base import RUN
 from refllm.kernels.packed.compile import jitable
@@ -47,15 +48,24 @@ SCALES = {"half": (load_halves, 2), "float": (load_floats, 4), "power": (load_po
 
 def ask_ahead(block_bytes: int, n: int, asks: bool):
     """Asks for the codes of a block that will be read AHEAD bytes later; for one token, if at all."""
-    away = AHEAD // block_bytes * block_bytes if n == 1 and asks else 0
+    return _ask_away(block_bytes) if n == 1 and asks else _ask_nothing
+
+
+@cache  # a part that kernels have in common is compiled once in a process
+def _ask_away(block_bytes: int):
+    away = AHEAD // block_bytes * block_bytes
 
     @jitable
-    def ask_ahead(address):
-        if away:
-            for line in range(0, block_bytes, 64):
-                prefetch(address + away + line)
+    def ask_away(address):
+        for line in range(0, block_bytes, 64):
+            prefetch(address + away + line)
 
-    return ask_ahead
+    return ask_away
+
+
+@jitable
+def _ask_nothing(address):
+    pass
 
 
 def ask_beside(block_bytes: int, n: int):
@@ -66,17 +76,21 @@ def ask_beside(block_bytes: int, n: int):
 
     address, step : of the codes to ask for now, and bytes from there to those of the next block.
     """
-    asks = n > 1 and block_bytes >= WIDE
-
-    @jitable
-    def ask_beside(address, step):
-        if asks:
-            prefetch(address)
-        return address + step, step
-
-    return ask_beside
+    return _ask_next if n > 1 and block_bytes >= WIDE else _pass_next
 
 
+@jitable
+def _ask_next(address, step):
+    prefetch(address)
+    return address + step, step
+
+
+@jitable
+def _pass_next(address, step):
+    return address + step, step
+
+
+@cache
 def part_products(form: Form, kind: int, n: int, part: int):
     """total + scale * (sum of (code - zero) x) over a block or a half of it, x in its steps; and the sum of x."""
     if form.layout == "pairs":
@@ -157,9 +171,10 @@ def group_bytes(form: Form) -> tuple[int, int]:
     return form.parts * ROWS * SCALES[form.scale][1], form.parts * ROWS * (2 if form.low == "minimum" else 1)
 
 
-def _group_loader(form: Form):
-    """Reads a group's scale, and what is subtracted."""
-    load_scale, (own_zero, minimum), offset = SCALES[form.scale][0], _lows(form), form.offset
+@cache
+def _group_loader(scale: str, low: str, offset: int):
+    """Reads a group's scale, and what is subtracted, as a form says."""
+    load_scale, own_zero, minimum = SCALES[scale][0], low == "zero", low == "minimum"
 
     @jitable(forceinline=True)
     def load_group(scale, low):
@@ -169,9 +184,8 @@ def _group_loader(form: Form):
     return load_group
 
 
-def _lows(form: Form) -> tuple[bool, bool]:
-    """Whether groups have a zero point, and whether they have a minimum."""
-    return form.low == "zero", form.low == "minimum"
+def _loader_of(form: Form):
+    return _group_loader(form.scale, form.low, form.offset)
 
 
 def run_of_blocks(form: Form, kind: int, n: int, asks: bool):
@@ -183,7 +197,7 @@ def run_of_blocks(form: Form, kind: int, n: int, asks: bool):
         return run_of_sums(form, n, 1, asks)
     block_bytes, parts, pairs, wide = form.block_bytes, form.parts, form.layout == "pairs", wide_blocks(form)
     group_scale, group_low = group_bytes(form)
-    two, scale_bytes, low_bytes, load_group = parts == 2, group_scale // parts, group_low // parts, _group_loader(form)
+    two, scale_bytes, low_bytes, load_group = parts == 2, group_scale // parts, group_low // parts, _loader_of(form)
     minimum, offset = form.low == "minimum", form.offset
     x_bytes, step_bytes, sum_bytes = n * BLOCK * (4 if kind == FLOAT else 1), 4 * n, 12 * n
     add_first, add_second = (part_products(form, kind, n, part) for part in (0, 1 if pairs else parts - 1))
@@ -272,9 +286,10 @@ def run_of_sums(form: Form, n: int, tiles: int, asks: bool):
     SUMMED blocks under one scale are summed in integers.
     """
     block_bytes, tokens, load_group, (group_scale, group_low) = (
-        form.block_bytes, n // tiles, _group_loader(form), group_bytes(form),
+        form.block_bytes, n // tiles, _loader_of(form), group_bytes(form),
     )  # fmt: skip
-    x_bytes, sum_bytes, from_zero, (own_zero, minimum) = tokens * BLOCK, 12 * tokens, begins(form, True), _lows(form)
+    x_bytes, sum_bytes, own_zero, minimum = tokens * BLOCK, 12 * tokens, form.low == "zero", form.low == "minimum"
+    from_zero = begins(form, True)
     add_products, ask_codes = block_products(form, n, tiles), ask_ahead(block_bytes, n, asks)
     add_sums, store_sums_of_x = sum_words(tokens, from_zero)
     needs_sums, two = own_zero or minimum or from_zero, tiles == 2
