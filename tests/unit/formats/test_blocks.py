@@ -70,20 +70,35 @@ def test_q8_0_halves_go_away_from_zero():
     assert data[2:9].view(np.int8).tolist() == [127, 1, 2, 3, -1, -3, 0]
 
 
-@pytest.mark.parametrize("form", SIMPLE, ids=lambda form: form.name)
-@given(data=st.data())
-def test_the_error_stays_within_the_grid(form, data):
-    x = data.draw(weights(columns=st.sampled_from([32, 64])))
+def check_error(form, x):
     error = np.abs(form.decode(form.encode(x)).astype(np.float64) - x).reshape(-1, 32)
     blocks = x.astype(np.float64).reshape(-1, 32)
     levels = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 127, "Q4_1": 15, "Q5_1": 31}[form.name]
     affine = form.name.endswith("_1")
-    top = np.abs(blocks).max(axis=1)
-    step = (blocks.max(axis=1) - blocks.min(axis=1) if affine else top) / levels
+    top, low, high = np.abs(blocks).max(axis=1), blocks.min(axis=1), blocks.max(axis=1)
+    span, minimum = (high - low, np.abs(low)) if affine else (top, 0 * top)
+    step = span / levels
     # Half a step; a whole one at the clipped end of the signed grids; scale and minimum are rounded to float16, whose
-    # relative error is 2^-11 (2^-25 absolute among its subnormals) times the largest code.
-    bound = (1.0 if form.name in ("Q4_0", "Q5_0") else 0.5) * step * 1.001 + 2**-10 * top + 2**-24 * levels
+    # relative error is 2^-11 (2^-25 absolute among its subnormals): of the scale times the largest code that is 2^-11
+    # of the span. A thousandth more for what float32 rounds.
+    halves = 2 if form.name in ("Q4_0", "Q5_0") else 1
+    bound = 1.001 * (halves * step / 2 + 2**-11 * (span + minimum)) + 2**-25 * (levels + affine)
     assert (error.max(axis=1) <= bound).all()
+
+
+@pytest.mark.parametrize("form", SIMPLE, ids=lambda form: form.name)
+@given(data=st.data())
+def test_the_error_stays_within_the_grid(form, data):
+    check_error(form, data.draw(weights(columns=st.sampled_from([32, 64]))))
+
+
+def test_roundings_of_scale_and_minimum_add_up():
+    """Both halfway between two float16 numbers, both rounded down, and an element just below the middle of its step."""
+    scale, minimum = (1 + 2**-11) / 8, -(1 + 3 * 2**-11)
+    x = row(*(minimum + scale * np.arange(16)), minimum + 14.4999 * scale)
+    x[x == 0] = minimum
+    assert Q4_1.encode(x)[:4].tolist() == f16(1 / 8) + f16(-(1 + 4 * 2**-11))
+    check_error(Q4_1, x)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
