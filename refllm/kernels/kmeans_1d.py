@@ -19,8 +19,10 @@ dimension by dynamic programming". Of vectors: kmeans.py.
 
 import numpy as np
 
+STEPS = 50  # of Lloyd's algorithm at most
 
-def lloyd_1d(x: np.ndarray, weights: np.ndarray, start: np.ndarray, iterations: int = 50) -> np.ndarray:
+
+def lloyd_1d(x: np.ndarray, weights: np.ndarray, start: np.ndarray, iterations: int = STEPS) -> np.ndarray:
     """Lloyd's algorithm on numbers, every row by itself.
 
     Parameters
@@ -217,7 +219,7 @@ def near_best_1d(x: np.ndarray, weights: np.ndarray, K: int, bins: int = 64) -> 
     low, high = (np.where(np.isfinite(end), end, 0) for end in (low, high))  # a row without weight
     even = low + (high - low) * (np.arange(K) / max(K - 1, 1))
     in_order = _sorted(x, weights)
-    found = [_lloyd_sorted(*in_order, start, 50) for start in (exact_1d(*_coarse(*in_order, bins), K), even)]
+    found = [_lloyd_sorted(*in_order, start, STEPS) for start in (exact_1d(*_coarse(*in_order, bins), K), even)]
     errors = [squared_error_1d(x, weights, centres) for centres in found]
     return np.where((errors[0] <= errors[1])[:, None], *found)
 
