@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -107,7 +108,13 @@ def test_generate_shows_what_the_loop_yields(run, run_json, model):
     assert found["ids"] == ids and found["tokens"] == len(ids) and found["prompt_tokens"] == 5
     assert found["text"] == byte_model().tokenizer.decode(ids)
     code, out, err = run("generate", model, "-p", "Anna", "-n", "12")
-    assert (code, out) == (0, found["text"] + "\n") and "tokens read" in err
+    assert (code, out) == (0, found["text"] + "\n")
+    assert re.fullmatch(rf"5 tokens read at [\d.,]+/s, {len(ids)} written at [\d.,]+/s\n", err)
+
+
+def test_one_token_has_no_speed(run, run_json, model):
+    assert run_json("generate", model, "-p", "Anna", "-n", "1")["decode_tokens_per_s"] is None
+    assert run("generate", model, "-p", "Anna", "-n", "1")[2].endswith("/s, 1 written\n")
 
 
 def test_generate_obeys_seed_and_sampling(run_json, model):

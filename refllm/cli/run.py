@@ -1,6 +1,7 @@
 """generate, chat, tokenize, logits: commands that run a model."""
 
 import sys
+from math import isnan
 
 from refllm.cli.common import (
     UsageError,
@@ -103,9 +104,16 @@ def generate(args) -> None:
     else:
         print()
         note(
-            f"{len(ids)} tokens read at {speed.prefill_tokens_per_s:.0f}/s, "
-            f"{len(new)} written at {speed.decode_tokens_per_s:.0f}/s"
+            f"{len(ids)} tokens read{_at(speed.prefill_tokens_per_s)}, "
+            f"{len(new)} written{_at(speed.decode_tokens_per_s)}"
         )
+
+
+def _at(tokens_per_s: float) -> str:
+    """The first token comes with the prompt: of it alone there is no speed to tell."""
+    from refllm.evaluate.tables import significant
+
+    return "" if isnan(tokens_per_s) else f" at {significant(tokens_per_s)}/s"
 
 
 def _show(text: str, args) -> None:
