@@ -266,7 +266,11 @@ def test_methods_are_the_catalogue(run, run_json):
 
     assert run_json("methods") == {"methods": catalogue()}
     code, out, _ = run("methods")
-    assert code == 0 and "rtn" in out and "keys: bits, group (or group_size), symmetric" in out
+    assert code == 0 and "rtn" in out and "keys: bits=4, group=64, symmetric=false, scale_dtype=float16\n" in out
+    some = run_json("methods", "svd", "prune")["methods"]
+    assert [entry["name"] for entry in some] == ["magnitude", "wanda", "svd"]
+    code, _, err = run("methods", "rtm")
+    assert code == 2 and "no method or family 'rtm'; there are aciq, activations" in err
 
 
 def test_lesson_lists_and_runs(run, run_json, monkeypatch, tmp_path):

@@ -7,7 +7,10 @@ from refllm.cli.common import Silent, UsageError, add_command, note, print_json
 
 def add_commands(commands) -> None:
     """Add the commands of this module."""
-    add_command(commands, "methods", methods, "list the methods with paper, code, lesson and vectors")
+    parser = add_command(
+        commands, "methods", methods, "list the methods with settings, paper, code, lesson and vectors"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="methods or families; all without")
 
     parser = add_command(commands, "lesson", lesson, "list the lessons, or run one and check what it prints")
     parser.add_argument("number", nargs="?", metavar="N", help="number of a lesson, or the path of a page")
@@ -21,10 +24,15 @@ def add_commands(commands) -> None:
 def methods(args) -> None:
     """The tree: families, their methods, where each is explained."""
     from refllm.methods.catalogue import catalogue
-    from refllm.methods.recipes import key_names
+    from refllm.methods.recipes import key_defaults
     from refllm.methods.recipes import methods as functions
 
     entries = catalogue()
+    known = {word for entry in entries for word in (entry["name"], entry["family"])}
+    if unknown := [name for name in args.names if name not in known]:
+        raise UsageError(f"no method or family {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    if args.names:
+        entries = [entry for entry in entries if {entry["name"], entry["family"]} & set(args.names)]
     if args.json:
         print_json({"methods": entries})
         return
@@ -34,7 +42,7 @@ def methods(args) -> None:
             family = entry["family"]
             print(f"\n{family}" if entry is not entries[0] else family)
         print(f"  {entry['name']:<13} {entry['summary']}")
-        print(f"  {'':<13} keys: {', '.join(key_names(functions()[entry['name']][1])) or 'none'}")
+        print(f"  {'':<13} keys: {', '.join(key_defaults(functions()[entry['name']][1])) or 'none'}")
         for key in ("paper", "module", "lesson", "tests", "golden"):
             if entry[key]:
                 print(f"  {'':<13} {key}: {entry[key]}")

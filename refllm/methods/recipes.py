@@ -78,6 +78,16 @@ def key_names(function: Callable) -> list[str]:
     return [f"{short[name]} (or {name})" if name in short else name for name in knobs(function)]
 
 
+def key_defaults(function: Callable) -> list[str]:
+    """The knobs with what they are where a recipe is silent, as it would write them: `bits=4`.
+
+    A bare key has no fixed default: what is taken then depends on the model or on other knobs.
+    """
+    short = {name: key for key, name in _SHORT_KEYS.items()}
+    text = lambda value: "" if value is None else f"={str(value).lower() if isinstance(value, bool) else value}"
+    return [short.get(name, name) + text(parameter.default) for name, parameter in knobs(function).items()]
+
+
 def parse(recipe: str) -> list[Stage]:
     """Parse and check a recipe; "" and "none" give no stage, the uncompressed model.
 
