@@ -6,7 +6,7 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-from refllm.formats.blocks import BLOCKS
+from refllm.formats.blocks import BLOCKS, BlockFormat
 from refllm.formats.errors import FormatError
 from refllm.formats.files import read_json
 from refllm.formats.gguf import GGUFFile, read_gguf
@@ -93,17 +93,16 @@ def _gguf_conventions(file: GGUFFile, architecture: object) -> dict[str, str]:
         "norms": "stored as w + 1" if architecture == "gemma3" else "stored as w",
         "vocabulary": f"{vocabulary}, pre-tokenizer {pre}",
     }
-    if packed := sorted({t.type_name for t in file.tensors.values()} & set(BLOCKS)):
-        conventions["packing"] = "along in, " + "; ".join(_block(name) for name in packed)
+    for name in sorted({t.type_name for t in file.tensors.values()} & set(BLOCKS)):
+        conventions[f"packing of {name}"] = _packing(BLOCKS[name])
     if "rope_freqs.weight" in file.tensors:
         conventions["rope scaling"] = "frequencies divided by rope_freqs.weight"
     return conventions
 
 
-def _block(name: str) -> str:
-    block = BLOCKS[name]
-    fields = ", ".join(f"{field.name}: {field.text}" for field in block.layout.fields)
-    return f"{name}: {block.block_size} numbers in {block.bytes_per_block} bytes ({fields})"
+def _packing(block: BlockFormat) -> str:
+    fields = "; ".join(f"{field.name} {field.text}" for field in block.layout.fields)
+    return f"{block.block_size} numbers along in are {block.bytes_per_block} bytes: {fields}"
 
 
 def _short(value: object) -> object:

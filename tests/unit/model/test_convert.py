@@ -208,8 +208,9 @@ def test_describe_a_folder_and_a_file(tmp_path):
     assert set(file["types"]) == {"F32", "Q8_0"}
     assert "interleaved" in file["conventions"]["rope layout"]
     assert "half-split" in folder["conventions"]["rope layout"]
-    packing = "along in, Q8_0: 32 numbers in 34 bytes (d: scale, q: signed codes)"
-    assert file["conventions"]["packing"] == packing and "packing" not in folder["conventions"]
+    packing = {name: text for name, text in file["conventions"].items() if "packing" in name}
+    assert packing == {"packing of Q8_0": "32 numbers along in are 34 bytes: d scale; q signed codes"}
+    assert not any("packing" in name for name in folder["conventions"])
     assert file["conventions"]["head"] == folder["conventions"]["head"] == "separate"
     assert file["config"]["num_kv_heads"] == folder["config"]["num_kv_heads"] == 2
     assert file["metadata"]["tokenizer.ggml.tokens"].startswith("300 values")
