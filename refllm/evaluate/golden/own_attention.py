@@ -1,4 +1,4 @@
-"""refllm's own implementation of the ops about attention on codes and sparse attention."""
+"""refllm's answers to the suites of attention: exact, on codes and sparse, see `refllm.evaluate.golden.own`."""
 
 import numpy as np
 
@@ -78,7 +78,26 @@ def _rainfusion(params: dict, q, k, q_positions, k_positions) -> dict[str, np.nd
     return {"recalls": recalls, "order": order, "blocks": blocks.astype(np.uint8)}
 
 
+def _attend(params: dict, **arrays: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Every attention that claims to be exact, the tiled ones with tiles that cut the small cases up."""
+    from refllm.kernels.attention import attend
+    from refllm.methods.attention.flash import flash_v1_with_lse, flash_with_lse
+    from refllm.methods.attention.split import flash_decoding_with_lse
+
+    answers = {"attend": {"o": attend(**arrays, **params)}}
+    for name, call, knobs in (
+        ("flash", flash_with_lse, {}),
+        ("flash, tiles of 2 x 3", flash_with_lse, {"block_q": 2, "block_k": 3}),
+        ("flash_v1", flash_v1_with_lse, {}),
+        ("flash_decoding, 3 parts", flash_decoding_with_lse, {"splits": 3, "block_k": 1}),
+        ("flash_v1, small tiles", flash_v1_with_lse, {"sram": 8 * arrays["q"].shape[-1]}),
+    ):
+        answers[name] = dict(zip(("o", "lse"), call(**arrays, **params, **knobs), strict=True))
+    return answers
+
+
 OPS = {
+    "attention.attend": _attend,
     "attention.fp8": _fp8,
     "attention.sage": _sage,
     "attention.minference": _minference,

@@ -1,4 +1,4 @@
-"""refllm's answers to the suites of caches that code every token by itself, see `refllm.evaluate.golden.own`."""
+"""refllm's answers to the suites of caches that store codes, see `refllm.evaluate.golden.own`."""
 
 import numpy as np
 
@@ -104,7 +104,21 @@ def _cq(params: dict, x, books=None, q=None, weights=None, sensitivity=None) -> 
     return found
 
 
+def _kivi(params: dict, k: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
+    from refllm.methods.kvcache.kivi import kivi
+
+    store = kivi(0, **{name: value for name, value in params.items() if name != "chunks"})
+    for count in params["chunks"]:
+        new = slice(store.length, store.length + count)
+        K, V, _ = store.extend(k[:, new], v[:, new], np.arange(new.start, new.stop))
+    parts = store.parts()
+    full = [parts[name].shape[-2] if name in parts else 0 for name in ("k_full", "v_full")]
+    stored = {name: part for name, part in parts.items() if not name.endswith("full")}
+    return stored | {"k_hat": K, "v_hat": V, "full": np.array(full), "nbytes": np.array(store.nbytes)}
+
+
 OPS = {
+    "kvcache.kivi": _kivi,
     "kvcache.qserve": _qserve,
     "kvcache.llmqat": _llmqat,
     "kvcache.kvtuner": _kvtuner,
