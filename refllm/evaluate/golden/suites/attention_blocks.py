@@ -3,16 +3,12 @@
 import math
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 _BITS = {"class": "bits"}
 _NEAR = {"class": "allclose", "rtol": 1e-5, "atol": 1e-6}
 _GAP = 1e-4  # scores that are ranked lie so far apart
-
-
-class Unclear(ValueError):
-    """A ranking hangs on less than the gap."""
 
 
 def _heads(seed, shape, exp2):
@@ -23,18 +19,11 @@ def _heads(seed, shape, exp2):
 def _case(id, comment, flags, of, shapes, at, params, only, exp2=-4) -> CaseSpec:
     """A case on the first random q and k whose rankings are all clear."""
 
-    def attempt(seed):
-        return of(_heads(seed, shapes[0], exp2), _heads(seed + 1, shapes[1], exp2), at, params)
+    def made(seed):
+        return seed, of(_heads(seed, shapes[0], exp2), _heads(seed + 1, shapes[1], exp2), at, params)
 
-    def clear(seed):
-        try:
-            attempt(seed)
-        except Unclear:
-            return False
-        return True
-
-    seed = first_seed(clear, 1000 * id)
-    found, inputs = attempt(seed), {}
+    seed, found = first_clear(made, 1000 * id)
+    inputs = {}
     for i, name in enumerate("qk"):
         inputs[name] = values("f32", _heads(seed + i, shapes[i], exp2), recipe=dyadic_recipe(seed + i, 8, exp2))
     inputs |= {"q_positions": values("i64", at[0]), "k_positions": values("i64", at[1])}

@@ -4,17 +4,13 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed, nearest, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear, nearest, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 _BITS = {"class": "bits", "zero_sign": "ignore"}
 _NEAR = {"class": "allclose", "rtol": 1e-5, "atol": 1e-6}
 _MARGIN = Fraction(1, 1000)
 _MOST = 448
-
-
-class Unclear(ValueError):
-    """A rounding decision lies too near to its boundary."""
 
 
 class Rounder:
@@ -107,14 +103,7 @@ def _drawn(make, id, shapes, exp2=-4):
         recipes = {n: dyadic_recipe(seed + i, 8, exp2) for i, n in enumerate(names)}
         return make([heads(seed + i, shape) for i, shape in enumerate(names.values())], recipes)
 
-    def clear(seed):
-        try:
-            attempt(seed)
-        except Unclear:
-            return False
-        return True
-
-    return attempt(first_seed(clear, 1000 * id))
+    return first_clear(attempt, 1000 * id)
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:

@@ -4,7 +4,16 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_seed, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import (
+    Unclear,
+    dyadic,
+    dyadic_recipe,
+    f16_margin,
+    first_clear,
+    nearest,
+    to_f16,
+    to_f32,
+)
 
 CLEAR = 1e-3  # rounding decisions keep away from their boundary by so much of a step
 APART = 1e-4  # the least error is below the next by so much of it
@@ -143,16 +152,12 @@ def random_case(id: int, comment: str, flags: str, shape: tuple[int, int], token
         cut = lambda flat: [[float(v) for v in flat[i : i + columns]] for i in range(0, len(flat), columns)]
         w, x = cut(dyadic(seed, 9, -7, rows * columns)), cut(dyadic(seed + 1, 9, -4, tokens * columns))
         recipes = {"w": dyadic_recipe(seed, 9, -7), "x": dyadic_recipe(seed + 1, 9, -4)}
-        return case(id, comment, flags, w, x, recipes=recipes, **params)
+        found = case(id, comment, flags, w, x, recipes=recipes, **params)
+        if accept is not None and not accept(found):
+            raise Unclear
+        return found
 
-    def clear(seed):
-        try:
-            found = made(seed)
-        except ValueError:
-            return False
-        return accept is None or accept(found)
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def invalid(id: int, comment: str, flags: str, w: object, x: object, error: str, **params) -> CaseSpec:

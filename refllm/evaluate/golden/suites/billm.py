@@ -4,7 +4,7 @@ import math
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
 from refllm.evaluate.golden.suites.billm_definition import Definition, Unclear, quantize, quantize_binary
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -97,14 +97,7 @@ def _drawn(id, flags, shape, tokens, make=None, wanted=None, **params) -> CaseSp
             raise Unclear
         return case
 
-    def clear(seed):
-        try:
-            made(seed)
-        except Unclear:
-            return False
-        return True
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def _unit(n: int) -> list[list[float]]:
@@ -215,19 +208,12 @@ def binary_suite() -> SuiteSpec:
         flat = [float(v) for v in dyadic(seed, 10, -7, 24)]
         return case(20, "2 x 12 in groups of 6", "Random Groups", [flat[:12], flat[12:]], 6)
 
-    def clear(seed):
-        try:
-            drawn(seed)
-        except Unclear:
-            return False
-        return True
-
     cases = [
         case(1, "mean 4, mean distance 2.5", "Mean Scale", [[1.0, 2, 5, 8]]),
         case(2, "a weight that is the mean", "Ties", [[1.0, 2, 3], [-3, -2, -1]]),
         case(3, "two groups of two", "Groups", [[1.0, 3, -8, -2], [0.5, 0.25, 4, 2]], 2),
         case(4, "zeros", "ZeroRow", [[0.0, 0, 0, 0], [1, 1, -1, -1]]),
-        drawn(first_seed(clear, 20000)),
+        first_clear(drawn, 20000),
     ]
 
     def bad(id, comment, flag, error, w, group_size):

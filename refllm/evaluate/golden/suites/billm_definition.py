@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from refllm.evaluate.golden.suites.exact import f16_margin, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, f16_margin, to_f16, to_f32
 from refllm.evaluate.golden.suites.gptq_definition import hessian, inverse
 
 MARGIN = Fraction(1, 1000)
 Rows = list[list[Fraction]]
-
-
-class Unclear(ValueError):
-    """A decision lies too near to its boundary for a golden case."""
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,28 @@ def pack_low_first(codes: list[int], bits: int) -> list[int]:
     return list(stream.to_bytes((len(codes) * bits + 7) // 8, "little"))
 
 
+class Unclear(ValueError):
+    """A decision lies too near to its boundary for a golden case."""
+
+
+def first_clear(make: Callable, start: int):
+    """What `make(seed)` gives for the first seed from `start` on for which no decision lies near a boundary.
+
+    Raises
+    ------
+    ValueError
+        If `make` raises one (an `Unclear` among them) for 10,000 seeds in a row.
+    """
+    for seed in range(start, start + 10_000):
+        try:
+            return make(seed)
+        except ValueError as error:
+            last = error
+    raise ValueError(f"no seed from {start} on keeps away from the boundaries: {last}")
+
+
 def first_seed(accepts: Callable[[int], bool], start: int) -> int:
-    """The first seed from `start` on whose values keep away from every rounding boundary."""
+    """The first seed from `start` on that is accepted."""
     seed = start
     while not accepts(seed):
         seed += 1

@@ -6,7 +6,16 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_seed, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import (
+    Unclear,
+    dyadic,
+    dyadic_recipe,
+    f16_margin,
+    first_clear,
+    nearest,
+    to_f16,
+    to_f32,
+)
 from refllm.evaluate.golden.suites.gptq_definition import hessian, inverse
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -53,10 +62,6 @@ NOTES = {
 CLEAR = Fraction(1, 1000)
 BITS = {"class": "bits"}
 FLOATS = {"class": "bits", "zero_sign": "ignore"}
-
-
-class Unclear(ValueError):
-    """A decision lies too near to its boundary for a golden case."""
 
 
 def groups_of(mix: str, columns: int) -> list[tuple[int, int]]:
@@ -169,14 +174,7 @@ def _drawn(id, comment, flags, shape, tokens, mix, steps=96, make=None) -> CaseS
         inputs = {"w": values("f32", w, recipe=recipes[0]), "x": values("f32", x, recipe=recipes[1])}
         return CaseSpec(id, comment, tuple(flags.split()), inputs, expected, params={"mix": mix, "steps": steps})
 
-    def clear(seed):
-        try:
-            made(seed)
-        except Unclear:
-            return False
-        return True
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def _uneven(w, x) -> None:

@@ -3,7 +3,7 @@
 import math
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.kivi_definition import Store, case, invalid
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -98,14 +98,7 @@ def _random(id, comment, flags, heads, tokens, dims, chunks, s, only="") -> Case
         (k, k_recipe), (v, v_recipe) = _drawn(seed, heads, tokens, dims[0]), _drawn(seed + 1, heads, tokens, dims[1])
         return case(id, comment, flags, k, v, chunks, s, recipes={"k": k_recipe, "v": v_recipe}, only=only)
 
-    def clear(seed):
-        try:
-            made(seed)
-        except ValueError:
-            return False
-        return True
-
-    return made(first_seed(clear, 1000 if id < 20 else 1000 * id))  # the windows share their tokens
+    return first_clear(made, 1000 if id < 20 else 1000 * id)  # the windows share their tokens
 
 
 def _windows() -> list[CaseSpec]:

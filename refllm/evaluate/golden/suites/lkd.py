@@ -4,9 +4,10 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.suites.exact import first_clear
 from refllm.evaluate.golden.suites.omniquant_definition import near
 from refllm.evaluate.golden.suites.outliers_cases import drawn_rows, recipe_of
-from refllm.evaluate.golden.suites.outliers_definition import Rounder, clamp, exact, floats, search_for, twos
+from refllm.evaluate.golden.suites.outliers_definition import Rounder, clamp, exact, floats, twos
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -86,7 +87,7 @@ def suite() -> SuiteSpec:
     w, v, x = [[1.5, -0.375, 0.125, 0]], [[2, -0.4375, 0, 0]], [[1, -0.625, 0.3125, 1], [0] * 4]
     valid = [
         _case(1, "by hand", "Divisor WholeSlope ScaleFollows Teacher RoundedInputs Zeros", w, v, x),
-        search_for(_random, 1000),
+        first_clear(_random, 1000),
     ]
     bad = {name: values("f64", rows) for name, rows in (("w", [[1.0]]), ("v", [[math.nan]]), ("x", [[1.0]]))}
     rejected = CaseSpec(20, "NaN", ("NonFinite",), bad, result="invalid", error="value", params={"group_size": -1})

@@ -7,7 +7,16 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_seed, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import (
+    Unclear,
+    dyadic,
+    dyadic_recipe,
+    f16_margin,
+    first_clear,
+    nearest,
+    to_f16,
+    to_f32,
+)
 
 CLEAR = Fraction(1, 1000)
 LEAST, MOST = 1e-5, 1e4
@@ -158,16 +167,12 @@ def random_case(id: int, comment: str, flags: str, rows: int, groups: int, token
         s = [abs(float(v)) + 0.5 for v in dyadic(seed + 2, 5, -4, groups * g)]
         c_hi, c_lo = (cut([v + 1 for v in dyadic(seed + i, 6, -4, rows * groups)], groups) for i in (3, 4))
         recipes = {"w": dyadic_recipe(seed, 9, -8), "x": dyadic_recipe(seed + 1, 7, -5)}
-        return case(id, comment, flags, w, x, s, c_hi, c_lo, recipes=recipes, **params)
+        found = case(id, comment, flags, w, x, s, c_hi, c_lo, recipes=recipes, **params)
+        if accept is not None and not accept(found):
+            raise Unclear
+        return found
 
-    def clear(seed):
-        try:
-            found = made(seed)
-        except ValueError:
-            return False
-        return accept is None or accept(found)
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def invalid(id: int, comment: str, flags: str, w: object, x: object, error: str, **params) -> CaseSpec:

@@ -1,6 +1,5 @@
 """What the suites about rounded inputs expect, number by number in fractions, each operation rounded to float32."""
 
-from collections.abc import Callable
 from fractions import Fraction
 from math import sqrt
 
@@ -183,13 +182,3 @@ def _loss(x: Rows, w: Rows, s: list[float], bits: int) -> float:
 def _float_token(row: list[float], most: int) -> list[float]:
     scale = float(to_f32(Fraction(max(map(abs, row))) / most))
     return [nearest(Fraction(v / scale)) * scale for v in row]
-
-
-def search_for(make: Callable[[int], object], start: int):
-    """make(seed) of the first seed that keeps away from every rounding boundary."""
-    for seed in range(start, start + 200):
-        try:
-            return make(seed)
-        except ValueError:
-            continue
-    raise ValueError(f"no seed from {start} on keeps away from rounding boundaries")

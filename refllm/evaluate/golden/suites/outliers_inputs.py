@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, values
 from refllm.evaluate.golden.suites import outliers_definition as definition
-from refllm.evaluate.golden.suites.exact import to_f32
+from refllm.evaluate.golden.suites.exact import first_clear, to_f32
 from refllm.evaluate.golden.suites.outliers_cases import (
     bits_output,
     drawn_rows,
@@ -63,7 +63,7 @@ def dynamic_suite() -> SuiteSpec:
     }
 
     def drawn(id, flags, **params):
-        return definition.search_for(
+        return first_clear(
             lambda s: _dynamic(id, "random", flags, drawn_rows(s, 4, 9), recipe=recipe_of(s), ties=False, **params),
             100 * id,
         )
@@ -270,7 +270,7 @@ def llm_int8_suite() -> SuiteSpec:
                 ties=False,
             )
 
-        return definition.search_for(make, 100 * id)
+        return first_clear(make, 100 * id)
 
     w = [[1, -0.5, 0.25, 2], [127, 1, -64, 3]]
     groups = [

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, values
 from refllm.evaluate.golden.suites import outliers_definition as definition
-from refllm.evaluate.golden.suites.exact import to_f32
+from refllm.evaluate.golden.suites.exact import first_clear, to_f32
 from refllm.evaluate.golden.suites.outliers_cases import (
     bits_output,
     drawn_rows,
@@ -86,11 +86,11 @@ def zeroquant_suite() -> SuiteSpec:
         "NonFinite": note("NON_FINITE", "NaN or infinity in w is rejected."),
         "Random": note("BASIC", "Dyadic random weights."),
     }
-    integer = lambda id, g, bits: definition.search_for(
+    integer = lambda id, g, bits: first_clear(
         lambda s: _zeroquant(id, "random", "Random", drawn_rows(s, 3, 8), g, bits, recipe=recipe_of(s), ties=False),
         100 * id,
     )
-    single = lambda id, g, rule: definition.search_for(
+    single = lambda id, g, rule: first_clear(
         lambda s: _zeroquant_fp(id, "random", "Random", drawn_rows(s, 3, 8), g, rule, recipe=recipe_of(s), ties=False),
         100 * id,
     )
@@ -330,7 +330,7 @@ def osplus_suite() -> SuiteSpec:
             x, w = change(drawn_rows(seed, 5, 4)), drawn_rows(seed + 5000, 3, 4, -11)
             return _osplus(id, "random", flags, x, w, bits, steps)
 
-        return definition.search_for(make, 100 * id)
+        return first_clear(make, 100 * id)
 
     def loud(x):
         return [[row[0] * 16, *row[1:]] for row in x]

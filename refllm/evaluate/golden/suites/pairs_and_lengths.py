@@ -4,9 +4,9 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import f16_margin, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import f16_margin, first_clear, nearest, to_f16, to_f32
 from refllm.evaluate.golden.suites.outliers_cases import bits_output, drawn_rows, rejected
-from refllm.evaluate.golden.suites.outliers_definition import MARGIN, exact, floats, search_for
+from refllm.evaluate.golden.suites.outliers_definition import MARGIN, exact, floats
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 
@@ -127,7 +127,7 @@ def _loud_rows(seed: int, rows: int, columns: int) -> list[list[Fraction]]:
 
 def _olive_random(id, flags, shape, normals="int", low=75, high=120) -> CaseSpec:
     make = lambda seed: _olive(id, "random", flags, _loud_rows(seed, *shape), normals, low, high)
-    return search_for(make, 100 * id)
+    return first_clear(make, 100 * id)
 
 
 def _olive_rounded_first(seed: int) -> CaseSpec:
@@ -205,14 +205,14 @@ def olive_suite() -> SuiteSpec:
         _olive_random(21, "Random Flint", (2, 16), "flint"),
         _olive_random(22, "Random Best", (3, 16), "best", 75, 100),
         _olive_random(23, "Random", (2, 24), "int", 40, 90),
-        search_for(
+        first_clear(
             lambda seed: _olive(24, "rows that lean to one side", "Mean SampleStd",
                                 [[x + 3 for x in row] for row in drawn_rows(seed, 2, 8)], high=100),
             2400,
         ),
         _olive(25, "70 per cent only, 72 would be better", "UpperEnd", [[4, -4, 3, -3, 2, -2, 1, 0]], low=70, high=72),
         _olive(26, "a row of zeros", "ZeroRow", [[0, 0, 0, 0], [3, -2, 1, 5]], high=90),
-        search_for(_olive_rounded_first, 2700),
+        first_clear(_olive_rounded_first, 2700),
         _olive(28, "as outliers all would be finer, but half of them are victims", "VictimsCount",
                [[12, 16, 16, 12, 12, 24, 16, 12]], low=20, high=100),
     ]  # fmt: skip
@@ -333,7 +333,7 @@ def spark_suite() -> SuiteSpec:
         random(10, (3, 16), -1),
         random(11, (2, 24), 8),
         random(12, (3, 12), 0),
-        search_for(_spark_rounded_first, 1300),
+        first_clear(_spark_rounded_first, 1300),
     ]  # fmt: skip
     bad = [
         rejected(40, "NaN", "NonFinite", "value", {"w": [[math.nan, 2]]}, group_size=-1),

@@ -5,7 +5,16 @@ from dataclasses import replace
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_seed, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import (
+    Unclear,
+    dyadic,
+    dyadic_recipe,
+    f16_margin,
+    first_clear,
+    nearest,
+    to_f16,
+    to_f32,
+)
 from refllm.evaluate.golden.suites.rtn_definition import MARGIN, Definition, quantize
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -32,10 +41,6 @@ def _margin(x: Fraction) -> Fraction:
     return abs(x - x.numerator // x.denominator - Fraction(1, 2))
 
 
-class Unclear(ValueError):
-    """A decision lies too near to its boundary for a golden case."""
-
-
 def _clear(condition: bool) -> None:
     if not condition:
         raise Unclear
@@ -44,15 +49,8 @@ def _clear(condition: bool) -> None:
 def _drawn(id: int, comment: str, flags: str, shape, make, bits=12, exp2=-10) -> CaseSpec:
     """A case on the first random weights all of whose decisions are clear."""
 
-    def fine(seed):
-        try:
-            make(id, comment, flags, _rows(seed, bits, exp2, shape), None)
-        except Unclear:
-            return False
-        return True
-
-    seed = first_seed(fine, 1000 * id)
-    return make(id, comment, flags, _rows(seed, bits, exp2, shape), dyadic_recipe(seed, bits, exp2))
+    made = lambda seed: make(id, comment, flags, _rows(seed, bits, exp2, shape), dyadic_recipe(seed, bits, exp2))
+    return first_clear(made, 1000 * id)
 
 
 def _invalid(id, comment, flag, w, error, **params) -> CaseSpec:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -62,14 +62,7 @@ def _best(scores: dict[int, Decimal], count: int) -> list[int]:
 def _clear(made, start: int) -> CaseSpec:
     """The first seed whose decisions are all clear."""
 
-    def accepts(seed: int) -> bool:
-        try:
-            made(seed)
-        except ValueError:
-            return False
-        return True
-
-    return made(first_seed(accepts, start))
+    return first_clear(made, start)
 
 
 def _suite(name: str, title: str, lesson: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:

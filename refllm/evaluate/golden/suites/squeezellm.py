@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, f16_margin, first_seed, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import dyadic, f16_margin, first_clear, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -128,14 +128,7 @@ def _random(id, shape, **params) -> CaseSpec:
         f = [[x * x for x in row] for row in f]
         return _case(id, f"{rows} x {columns}", "Random Weighted", w, f, **params)
 
-    def clear(seed):
-        try:
-            made(seed)
-        except ValueError:
-            return False
-        return True
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def _valid() -> list[CaseSpec]:

@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.svd_definition import case, householder, jacobi, product, rank_of
 
@@ -115,14 +115,7 @@ def _random() -> list[CaseSpec]:
         recipe = dyadic_recipe(seed, 12, -10)
         return case(id, "6 x 5", "Random SquaredError Orientation", weights(seed), triple, 2, recipe=recipe, rank=2)
 
-    def clear(seed):
-        try:
-            made(seed)
-        except ValueError:
-            return False
-        return True
-
-    return [made(first_seed(clear, 30000))]
+    return [first_clear(made, 30000)]
 
 
 def _ranks() -> list[CaseSpec]:

@@ -5,7 +5,7 @@ from collections import Counter
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
-from refllm.evaluate.golden.suites.exact import dyadic, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -179,14 +179,7 @@ def _search_random(id, shape, d, M, K) -> CaseSpec:
             id, f"{rows} x {columns}, {M} books of {K} vectors of {d}", flags, w, h, books, codes, scale
         )
 
-    def clear(seed):
-        try:
-            made(seed)
-        except ValueError:
-            return False
-        return True
-
-    return made(first_seed(clear, 1000 * id))
+    return first_clear(made, 1000 * id)
 
 
 def aqlm_suite() -> SuiteSpec:

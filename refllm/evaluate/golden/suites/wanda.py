@@ -3,7 +3,7 @@
 import math
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
+from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.prune_definition import case, invalid
 from refllm.evaluate.golden.suites.prune_notes import HEADER, NOTES, WANDA_NOTES
 
@@ -72,14 +72,7 @@ def _random() -> list[CaseSpec]:
             comment = f"{rows} x {columns}, {tokens} rows of inputs"
             return case(id, comment, "Random NormNotMean", w, x, **recipes, **knobs)
 
-        def clear(seed):
-            try:
-                made(seed)
-            except ValueError:
-                return False
-            return True
-
-        return made(first_seed(clear, 1000 * id))
+        return first_clear(made, 1000 * id)
 
     return [draw(50, (3, 10), 6, sparsity=0.4), draw(51, (2, 12), 9, pattern="2:4")]
 
