@@ -89,6 +89,33 @@ def values(dtype: str, nested: object, **rest) -> Values:
     return Values(dtype, array, **rest)
 
 
+def manifest_head(
+    generator: str, name: str, title: str, header: list[str], lesson: str, *, op: str = "", version: str = "1.0.0"
+) -> dict:
+    """The `head` of a suite.
+
+    Parameters
+    ----------
+    generator : str
+        `__name__` of the module that makes it.
+    name : str
+        family/method.
+    title, header, lesson : str, list of str, path of the lesson
+    op : str
+        Default: the name with a dot, family.method.
+    version : str
+    """
+    return {
+        "suite": name,
+        "suite_version": version,
+        "op": op or name.replace("/", "."),
+        "title": title,
+        "header": header,
+        "lesson": lesson,
+        "generator": {"name": f"refllm golden regen, suites/{generator.split('.')[-1]}.py", "version": "1"},
+    }
+
+
 def render(spec: SuiteSpec) -> dict[str, bytes]:
     """The files of a suite.
 

@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -40,15 +40,7 @@ def _rejected(id, comment, params) -> CaseSpec:
 
 
 def _suite(name, title, header, notes, cases) -> SuiteSpec:
-    head = {
-        "suite": f"attention/{name}",
-        "suite_version": "1.0.0",
-        "op": f"attention.{name}",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/24-sparse-attention.md",
-        "generator": {"name": "refllm golden regen, suites/attention_blocks.py", "version": "1"},
-    }
+    head = manifest_head(__name__, f"attention/{name}", title, header, "lessons/24-sparse-attention.md")
     notes = notes | {"BadParams": note("MALFORMED", "A param out of range.")}
     source = {"kind": "first_principles", "name": "the header above, one number after another"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])

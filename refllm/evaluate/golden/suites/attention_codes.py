@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear, nearest, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -107,15 +107,7 @@ def _drawn(make, id, shapes, exp2=-4):
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:
-    head = {
-        "suite": f"attention/{name}",
-        "suite_version": "1.0.0",
-        "op": f"attention.{name}",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/23-flash-attention.md",
-        "generator": {"name": "refllm golden regen, suites/attention_codes.py", "version": "1"},
-    }
+    head = manifest_head(__name__, f"attention/{name}", title, header, "lessons/23-flash-attention.md")
     source = {"kind": "first_principles", "name": "the header above: codes in fractions, exponentials in float64"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])
 

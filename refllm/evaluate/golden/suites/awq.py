@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.awq_definition import case, invalid, random_case
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -77,15 +77,9 @@ def _plain() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite blockwise/awq."""
-    head = {
-        "suite": "blockwise/awq",
-        "suite_version": "1.0.0",
-        "op": "blockwise.awq",
-        "title": "AWQ on one linear: scale, clipping limits, codes",
-        "header": HEADER,
-        "lesson": "lessons/11-awq.md",
-        "generator": {"name": "refllm golden regen, suites/awq.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__, "blockwise/awq", "AWQ on one linear: scale, clipping limits, codes", HEADER, "lessons/11-awq.md"
+    )
     source = {
         "kind": "first_principles",
         "name": "the header above, grids in exact fractions, means and errors by fsum",

@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.billm_definition import Definition, Unclear, quantize, quantize_binary
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
@@ -165,15 +165,13 @@ def suite() -> SuiteSpec:
         bad(34, "search = rows", "BadParams", "value", [[1.0, 2.0]], _unit(2), search="rows"),
         bad(35, "x has 3 columns", "BadShape", "shape", [[1.0, 2.0]], _unit(3)),
     ]
-    head = {
-        "suite": "quant/billm",
-        "suite_version": "1.0.0",
-        "op": "quant.billm",
-        "title": "BiLLM: weights and calibration inputs to signs, second bits, salient columns and levels",
-        "header": HEADER,
-        "lesson": "lessons/16-sub-2-bit.md",
-        "generator": {"name": "refllm golden regen, suites/billm.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/billm",
+        "BiLLM: weights and calibration inputs to signs, second bits, salient columns and levels",
+        HEADER,
+        "lessons/16-sub-2-bit.md",
+    )
     group = {"params": dict(vars(Definition())), "source": _SOURCE}
     return SuiteSpec(head, NOTES, [(group, cases), (group, rejected)])
 
@@ -224,13 +222,11 @@ def binary_suite() -> SuiteSpec:
         bad(30, "NaN", "NonFinite", "value", [[1.0, math.nan]], -1),
         bad(31, "3 columns in groups of 2", "BadShape", "shape", [[1.0, 2, 3]], 2),
     ]
-    head = {
-        "suite": "quant/binary",
-        "suite_version": "1.0.0",
-        "op": "quant.binary",
-        "title": "A sign for every weight, around the mean of its group",
-        "header": BINARY_HEADER,
-        "lesson": "lessons/16-sub-2-bit.md",
-        "generator": {"name": "refllm golden regen, suites/billm.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/binary",
+        "A sign for every weight, around the mean of its group",
+        BINARY_HEADER,
+        "lessons/16-sub-2-bit.md",
+    )
     return SuiteSpec(head, BINARY_NOTES, [({"params": {}, "source": _SOURCE}, group) for group in (cases, rejected)])

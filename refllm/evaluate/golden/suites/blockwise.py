@@ -4,7 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.checkpoint_bitsandbytes import TABLES, double, dynamic_map
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
@@ -164,14 +164,12 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite quant/blockwise."""
-    head = {
-        "suite": "quant/blockwise",
-        "suite_version": "1.0.0",
-        "op": "quant.blockwise",
-        "title": "NF4 and FP4 in blocks of the flat weight, scales in float32 or as 8-bit codes",
-        "header": HEADER,
-        "lesson": "lessons/14-codebooks.md",
-        "generator": {"name": "refllm golden regen, suites/blockwise.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/blockwise",
+        "NF4 and FP4 in blocks of the flat weight, scales in float32 or as 8-bit codes",
+        HEADER,
+        "lessons/14-codebooks.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions rounded once per operation"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in (_valid(), _rejected())])

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import f16_margin, pack_low_first, to_f16
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -128,14 +128,12 @@ def suite() -> SuiteSpec:
               [[1, -70], [1.5, 3], [40, 2], [1.25, 2], [41, -71]], 1, 1,
               sensitivity=[[1, 1], [2, 1], [1, 4], [4, 2], [2, 2]], clusters=[[0, 0, 1, 0, 1], [1, 0, 0, 0, 1]]),
     ]  # fmt: skip
-    head = {
-        "suite": "kvcache/cq",
-        "suite_version": "1.0.0",
-        "op": "kvcache.cq",
-        "title": "Channels of a head coded together, and attention over the codes",
-        "header": HEADER,
-        "lesson": "lessons/31-coupled-codes.md",
-        "generator": {"name": "refllm golden regen, suites/cq.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "kvcache/cq",
+        "Channels of a head coded together, and attention over the codes",
+        HEADER,
+        "lessons/31-coupled-codes.md",
+    )
     source = {"kind": "first_principles", "name": "the header, in fractions"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases)])

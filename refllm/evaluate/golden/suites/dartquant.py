@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.svd_definition import householder
@@ -108,14 +108,12 @@ def _cases() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite transform/dartquant."""
-    head = {
-        "suite": "transform/dartquant",
-        "suite_version": "1.0.0",
-        "op": "transform.dartquant",
-        "title": "One step of learning a rotation: Whip loss, and its gradient through QR",
-        "header": HEADER,
-        "lesson": "lessons/13-rotations.md",
-        "generator": {"name": "refllm golden regen, suites/dartquant.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "transform/dartquant",
+        "One step of learning a rotation: Whip loss, and its gradient through QR",
+        HEADER,
+        "lessons/13-rotations.md",
+    )
     source = {"kind": "first_principles", "name": "the header above; q and r exact, exponentials by the C library"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, _cases())])

@@ -5,7 +5,7 @@ import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
     Unclear,
     dyadic,
@@ -219,15 +219,7 @@ def suite() -> SuiteSpec:
 
 
 def _suite(name, op, title, header, notes, *groups) -> SuiteSpec:
-    head = {
-        "suite": name,
-        "suite_version": "1.0.0",
-        "op": op,
-        "title": title,
-        "header": header,
-        "lesson": "lessons/17-mixed-precision.md",
-        "generator": {"name": "refllm golden regen, suites/exl2.py", "version": "1"},
-    }
+    head = manifest_head(__name__, name, title, header, "lessons/17-mixed-precision.md", op=op)
     source = {"kind": "first_principles", "name": "the header above, in fractions and decimals"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases) for cases in groups])
 

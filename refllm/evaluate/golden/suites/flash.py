@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil, frexp, ldexp
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -213,15 +213,14 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite attention/flash."""
-    head = {
-        "suite": "attention/flash",
-        "suite_version": "1.0.0",
-        "op": "attention.attend",
-        "title": "Exact causal attention with grouped heads, in any order of computation: outputs and log-sum-exp",
-        "header": HEADER,
-        "lesson": "lessons/01-forward-pass.md",
-        "generator": {"name": "refllm golden regen, suites/flash.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "attention/flash",
+        "Exact causal attention with grouped heads, in any order of computation: outputs and log-sum-exp",
+        HEADER,
+        "lessons/01-forward-pass.md",
+        op="attention.attend",
+    )
     source = {"kind": "first_principles", "name": f"the header above, scores in fractions, exp with {DIGITS} digits"}
     groups = (_masks(), _ranges(), _rejected())
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in groups])

@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.gptq_definition import Definition, case, invalid, random_case
 from refllm.evaluate.golden.suites.gptq_notes import HEADER, NOTES
 
@@ -60,15 +60,14 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite quant/gptq."""
-    head = {
-        "suite": "quant/gptq",
-        "suite_version": "1.1.0",
-        "op": "quant.gptq",
-        "title": "GPTQ: weights and calibration inputs to codes, scales, zero points and the group of each input",
-        "header": HEADER,
-        "lesson": "lessons/10-gptq.md",
-        "generator": {"name": "refllm golden regen, suites/gptq.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/gptq",
+        "GPTQ: weights and calibration inputs to codes, scales, zero points and the group of each input",
+        HEADER,
+        "lessons/10-gptq.md",
+        version="1.1.0",
+    )
     source = {"kind": "first_principles", "name": "the header above, by elimination of H^-1 in fractions"}
     groups = (_valid(), _rejected())
     return SuiteSpec(head, NOTES, [({"params": dict(vars(Definition())), "source": source}, cases) for cases in groups])

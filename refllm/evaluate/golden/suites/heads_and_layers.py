@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import acos, ceil, cos, exp, pi, sin, sqrt
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -15,15 +15,7 @@ Matrix = list[list]
 
 
 def _suite(name: str, op: str, title: str, lesson: str, header: list[str], notes: dict, cases: list) -> SuiteSpec:
-    head = {
-        "suite": name,
-        "suite_version": "1.0.0",
-        "op": op,
-        "title": title,
-        "header": header,
-        "lesson": f"lessons/{lesson}.md",
-        "generator": {"name": "refllm golden regen, suites/heads_and_layers.py", "version": "1"},
-    }
+    head = manifest_head(__name__, name, title, header, f"lessons/{lesson}.md", op=op)
     source = {"kind": "first_principles", "name": "the header above, one number at a time"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])
 

@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import nearest, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -12,15 +12,9 @@ _NEAR = {"class": "allclose", "rtol": 1e-5, "atol": 0.0}
 
 
 def _suite(name, title, header, notes, cases, version="1.0.0") -> SuiteSpec:
-    head = {
-        "suite": f"finish/{name}",
-        "suite_version": version,
-        "op": f"finish.{name}",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/25-activation-sparsity.md",
-        "generator": {"name": "refllm golden regen, suites/kept_inputs.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__, f"finish/{name}", title, header, "lessons/25-activation-sparsity.md", version=version
+    )
     notes = notes | {"BadParams": note("MALFORMED", "A param out of range.")}
     source = {"kind": "first_principles", "name": "the header above, one number after another"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])

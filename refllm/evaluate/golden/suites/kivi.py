@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.kivi_definition import Store, case, invalid
 from refllm.evaluate.golden.suites.rtn_notes import note
@@ -193,15 +193,13 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite kvcache/kivi."""
-    head = {
-        "suite": "kvcache/kivi",
-        "suite_version": "1.0.0",
-        "op": "kvcache.kivi",
-        "title": "A key-value cache of few bits: what is quantised when, codes, scales, minima, what attention sees",
-        "header": HEADER,
-        "lesson": "lessons/02-prefill-decode-cache.md",
-        "generator": {"name": "refllm golden regen, suites/kivi.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "kvcache/kivi",
+        "A key-value cache of few bits: what is quantised when, codes, scales, minima, what attention sees",
+        HEADER,
+        "lessons/02-prefill-decode-cache.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions rounded once per operation"}
     groups = (_windows(), _rounding(), _mixed(), _rejected())
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in groups])

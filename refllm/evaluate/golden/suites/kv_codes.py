@@ -5,7 +5,7 @@ kvcache/qserve, kvcache/llmqat, kvcache/kvtuner.
 
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
     dyadic,
     dyadic_recipe,
@@ -56,15 +56,7 @@ def _check(id: int, margins: list[Fraction], near: bool) -> None:
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:
-    head = {
-        "suite": f"kvcache/{name}",
-        "suite_version": "1.0.0",
-        "op": f"kvcache.{name}",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/27-quantised-caches.md",
-        "generator": {"name": "refllm golden regen, suites/kv_codes.py", "version": "1"},
-    }
+    head = manifest_head(__name__, f"kvcache/{name}", title, header, "lessons/27-quantised-caches.md")
     source = {"kind": "first_principles", "name": "the header, in exact fractions rounded where it says so"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])
 

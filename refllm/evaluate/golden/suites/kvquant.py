@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
     dyadic,
     dyadic_recipe,
@@ -67,15 +67,14 @@ def _clear(made, start: int) -> CaseSpec:
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:
-    head = {
-        "suite": f"kvcache/{name}",
-        "suite_version": "1.0.0",
-        "op": f"kvcache.{name.replace('_', '.')}",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/30-learned-caches.md",
-        "generator": {"name": "refllm golden regen, suites/kvquant.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        f"kvcache/{name}",
+        title,
+        header,
+        "lessons/30-learned-caches.md",
+        op=f"kvcache.{name.replace('_', '.')}",
+    )
     source = {"kind": "first_principles", "name": "the header, in exact fractions, roots with 40 digits"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])
 

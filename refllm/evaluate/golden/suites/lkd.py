@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import first_clear
 from refllm.evaluate.golden.suites.omniquant_definition import near
 from refllm.evaluate.golden.suites.outliers_cases import drawn_rows, recipe_of
@@ -74,15 +74,13 @@ def _random(seed: int) -> CaseSpec:
 
 def suite() -> SuiteSpec:
     """The suite blockwise/lkd."""
-    head = {
-        "suite": "blockwise/lkd",
-        "suite_version": "1.0.0",
-        "op": "blockwise.lkd",
-        "title": "Layer-by-layer distillation on one linear: codes, loss and its slopes",
-        "header": HEADER,
-        "lesson": "lessons/28-layer-distillation.md",
-        "generator": {"name": "refllm golden regen, suites/lkd.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "blockwise/lkd",
+        "Layer-by-layer distillation on one linear: codes, loss and its slopes",
+        HEADER,
+        "lessons/28-layer-distillation.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in fractions"}
     w, v, x = [[1.5, -0.375, 0.125, 0]], [[2, -0.4375, 0, 0]], [[1, -0.625, 0.3125, 1], [0] * 4]
     valid = [

@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_seed
 from refllm.evaluate.golden.suites.prune_definition import case, invalid
 from refllm.evaluate.golden.suites.prune_notes import HEADER, NOTES
@@ -87,15 +87,14 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite prune/magnitude."""
-    head = {
-        "suite": "prune/magnitude",
-        "suite_version": "1.0.2",
-        "op": "prune.magnitude",
-        "title": "Pruning by magnitude: masks, kept values, bitmasks and 2:4 indices",
-        "header": _OWN + HEADER,
-        "lesson": "lessons/08-zeros-and-ranks.md",
-        "generator": {"name": "refllm golden regen, suites/magnitude.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "prune/magnitude",
+        "Pruning by magnitude: masks, kept values, bitmasks and 2:4 indices",
+        _OWN + HEADER,
+        "lessons/08-zeros-and-ranks.md",
+        version="1.0.2",
+    )
     source = {"kind": "first_principles", "name": "the header above, by sorting exact scores"}
     groups = (_plain(), _patterns(), _random(), _rejected())
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in groups])

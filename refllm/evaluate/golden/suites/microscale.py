@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, manifest_head, values
 from refllm.evaluate.golden.suites import number_oracles
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe
 from refllm.evaluate.golden.suites.microscale_definition import (
@@ -86,15 +86,9 @@ def nvfp4_suite() -> SuiteSpec:
 
 
 def _head(name: str, op: str, title: str, header: list[str]) -> dict:
-    return {
-        "suite": f"formats/{name}",
-        "suite_version": "1.0.0",
-        "op": f"formats.{op}.encode",
-        "title": title,
-        "header": header,
-        "lesson": "lessons/04-number-formats.md",
-        "generator": {"name": "refllm golden regen, suites/microscale.py", "version": "1"},
-    }
+    return manifest_head(
+        __name__, f"formats/{name}", title, header, "lessons/04-number-formats.md", op=f"formats.{op}.encode"
+    )
 
 
 def _outputs(answer: dict, element: str) -> dict[str, Values]:

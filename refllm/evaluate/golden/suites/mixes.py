@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import splitmix64
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -13,15 +13,7 @@ TENSORS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def _head(name: str, title: str, header: list[str]) -> dict:
-    return {
-        "suite": f"blockwise/{name}",
-        "suite_version": "1.0.0",
-        "op": f"blockwise.{name}",
-        "title": title,
-        "header": header,
-        "lesson": _LESSON,
-        "generator": {"name": "refllm golden regen, suites/mixes.py", "version": "1"},
-    }
+    return manifest_head(__name__, f"blockwise/{name}", title, header, _LESSON)
 
 
 def _more(i: int, n: int) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.omniquant_definition import case, first_case, invalid, random_case
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -74,15 +74,13 @@ def _plain() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite blockwise/omniquant."""
-    head = {
-        "suite": "blockwise/omniquant",
-        "suite_version": "1.0.0",
-        "op": "blockwise.omniquant",
-        "title": "OmniQuant on one linear: learned clipping, learned scales, and the slopes of both",
-        "header": HEADER,
-        "lesson": "lessons/20-learned-rounding.md",
-        "generator": {"name": "refllm golden regen, suites/omniquant.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "blockwise/omniquant",
+        "OmniQuant on one linear: learned clipping, learned scales, and the slopes of both",
+        HEADER,
+        "lessons/20-learned-rounding.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, each slope carried along by every number"}
     fine, x = [[-0.8125, -0.1875, 0.34375, 1.6875]], [[1.0, -2, 0.5, 1]]
     rejected = [

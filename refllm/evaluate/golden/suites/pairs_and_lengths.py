@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import f16_margin, first_clear, nearest, to_f16, to_f32
 from refllm.evaluate.golden.suites.outliers_cases import bits_output, drawn_rows, rejected
 from refllm.evaluate.golden.suites.outliers_definition import MARGIN, exact, floats
@@ -11,15 +11,7 @@ from refllm.evaluate.golden.suites.rtn_notes import note
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, groups: list[list[CaseSpec]]) -> SuiteSpec:
-    head = {
-        "suite": name,
-        "suite_version": "1.0.0",
-        "op": name.replace("/", "."),
-        "title": title,
-        "header": header,
-        "lesson": "lessons/18-pairs-and-lengths.md",
-        "generator": {"name": "refllm golden regen, suites/pairs_and_lengths.py", "version": "1"},
-    }
+    head = manifest_head(__name__, name, title, header, "lessons/18-pairs-and-lengths.md")
     source = {"kind": "first_principles", "name": "the header above, in fractions"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases) for cases in groups])
 

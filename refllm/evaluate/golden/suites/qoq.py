@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 from math import isqrt
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, nearest, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -97,15 +97,13 @@ def suite() -> SuiteSpec:
         _rejected(21, "6 columns, groups of 4", "GroupNotDividing", "shape", [[1.0] * 6], 4),
         _rejected(22, "1e7", "ScaleOverflow", "overflow", [[1e7, 1.0]], 2),
     ]  # fmt: skip
-    head = {
-        "suite": "quant/qoq",
-        "suite_version": "1.0.0",
-        "op": "quant.qoq",
-        "title": "Progressive group quantization: 4 bits with integer scales under int8 rows",
-        "header": HEADER,
-        "lesson": "lessons/13-rotations.md",
-        "generator": {"name": "refllm golden regen, suites/qoq.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/qoq",
+        "Progressive group quantization: 4 bits with integer scales under int8 rows",
+        HEADER,
+        "lessons/13-rotations.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, with fractions"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases)])
 
@@ -174,14 +172,12 @@ def smooth_suite() -> SuiteSpec:
         CaseSpec(20, "alpha 2", ("BadParams",), {n: values("f32", a) for n, a in (("keys", two[:1]), ("q", count(4)),
                  ("k", count(4)))}, result="invalid", error="value", params={"alpha": 2.0}),
     ]  # fmt: skip
-    head = {
-        "suite": "transform/smoothattention",
-        "suite_version": "1.0.0",
-        "op": "transform.smoothattention",
-        "title": "SmoothAttention: the size of key channels moved into queries",
-        "header": SMOOTH_HEADER,
-        "lesson": "lessons/13-rotations.md",
-        "generator": {"name": "refllm golden regen, suites/qoq.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "transform/smoothattention",
+        "SmoothAttention: the size of key channels moved into queries",
+        SMOOTH_HEADER,
+        "lessons/13-rotations.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, with fractions"}
     return SuiteSpec(head, SMOOTH_NOTES, [({"params": {}, "source": source}, cases)])

@@ -3,7 +3,7 @@
 from fractions import Fraction
 from math import isqrt, sqrt
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.svd_definition import householder
@@ -181,15 +181,13 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite transform/quarot."""
-    head = {
-        "suite": "transform/quarot",
-        "suite_version": "1.0.0",
-        "op": "transform.quarot",
-        "title": "Hadamard rotations: turned weights and inputs, and rotations folded into weights",
-        "header": HEADER,
-        "lesson": "lessons/13-rotations.md",
-        "generator": {"name": "refllm golden regen, suites/quarot.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "transform/quarot",
+        "Hadamard rotations: turned weights and inputs, and rotations folded into weights",
+        HEADER,
+        "lessons/13-rotations.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, with integers and fractions"}
     return SuiteSpec(
         head, NOTES, [({"params": {}, "source": source}, cases) for cases in (_turns(), _folds(), _rejected())]

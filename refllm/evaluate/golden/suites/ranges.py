@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
     Unclear,
     dyadic,
@@ -58,15 +58,7 @@ def _invalid(id, comment, flag, w, error, **params) -> CaseSpec:
 
 
 def _head(name: str, title: str, header: list[str], version="1.0.0") -> dict:
-    return {
-        "suite": f"quant/{name}",
-        "suite_version": version,
-        "op": f"quant.{name}",
-        "title": title,
-        "header": header,
-        "lesson": _LESSON,
-        "generator": {"name": "refllm golden regen, suites/ranges.py", "version": "1"},
-    }
+    return manifest_head(__name__, f"quant/{name}", title, header, _LESSON, version=version)
 
 
 def _suite(head: dict, notes: dict, source: str, cases: list[CaseSpec]) -> SuiteSpec:

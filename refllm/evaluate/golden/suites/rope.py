@@ -3,7 +3,7 @@
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -125,15 +125,7 @@ def suite() -> SuiteSpec:
 
 
 def _head(name: str, op: str, title: str, header: list[str]) -> dict:
-    return {
-        "suite": f"model/{name}",
-        "suite_version": "1.0.0",
-        "op": op,
-        "title": title,
-        "header": header,
-        "lesson": "lessons/01-forward-pass.md",
-        "generator": {"name": "refllm golden regen, suites/rope.py", "version": "1"},
-    }
+    return manifest_head(__name__, f"model/{name}", title, header, "lessons/01-forward-pass.md", op=op)
 
 
 def _permuted(id, comment, flags, heads, kv_heads, tensor, D, direction) -> CaseSpec:

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
     dyadic,
     dyadic_recipe,
@@ -163,14 +163,12 @@ def suite() -> SuiteSpec:
         _turned_to(5, "equal numbers", "Constant", "codes scale low", [[10, 10, 10, 10]], 4),
         _spec(6, "equal sums", "Equal", "order", zeros, zeros, (None, None), 4),
     ]
-    head = {
-        "suite": "kvcache/rotatekv",
-        "suite_version": "1.0.0",
-        "op": "kvcache.rotatekv",
-        "title": "Keys turned over several heads, channels in order of their sums, two bits a number",
-        "header": header,
-        "lesson": "lessons/29-random-rotations-of-caches.md",
-        "generator": {"name": "refllm golden regen, suites/rotatekv.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "kvcache/rotatekv",
+        "Keys turned over several heads, channels in order of their sums, two bits a number",
+        header,
+        "lessons/29-random-rotations-of-caches.md",
+    )
     source = {"kind": "first_principles", "name": "the header, in exact fractions rounded where it says so"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])

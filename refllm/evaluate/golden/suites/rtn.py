@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, manifest_head, values
 from refllm.evaluate.golden.suites.rtn_definition import Definition, case, invalid, random_case
 from refllm.evaluate.golden.suites.rtn_notes import NOTES
 
@@ -40,15 +40,13 @@ NAN, INF = math.nan, math.inf
 
 def suite() -> SuiteSpec:
     """The suite quant/rtn."""
-    head = {
-        "suite": "quant/rtn",
-        "suite_version": "1.0.0",
-        "op": "quant.rtn",
-        "title": "Round to nearest on an integer grid: scales, zero points, codes, packed bytes, decoded weights",
-        "header": HEADER,
-        "lesson": "lessons/03-rounding-to-a-grid.md",
-        "generator": {"name": "refllm golden regen, suites/rtn.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/rtn",
+        "Round to nearest on an integer grid: scales, zero points, codes, packed bytes, decoded weights",
+        HEADER,
+        "lessons/03-rounding-to-a-grid.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions rounded once per operation"}
 
     def group(cases, **params):

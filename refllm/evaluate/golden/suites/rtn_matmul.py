@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, pack_low_first, splitmix64, to_f64
 from refllm.evaluate.golden.suites.rtn_notes import LAYOUT, note
 
@@ -223,15 +223,14 @@ def _rejected_cases() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite quant/rtn_matmul."""
-    head = {
-        "suite": "quant/rtn_matmul",
-        "suite_version": "1.0.0",
-        "op": "quant.rtn.matmul",
-        "title": "Products of float32 activations with packed integer weights",
-        "header": HEADER,
-        "lesson": "lessons/03-rounding-to-a-grid.md",
-        "generator": {"name": "refllm golden regen, suites/rtn_matmul.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/rtn_matmul",
+        "Products of float32 activations with packed integer weights",
+        HEADER,
+        "lessons/03-rounding-to-a-grid.md",
+        op="quant.rtn.matmul",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions"}
     groups = (_exact_cases(), _bounded_cases(), _rejected_cases())
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in groups])

@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import to_f16
 from refllm.evaluate.golden.suites.rtn_definition import MARGIN, Definition, quantize
 from refllm.evaluate.golden.suites.rtn_notes import note
@@ -57,15 +57,13 @@ def _case(id, comment, flags, w, x, kept, *, bits=3, group_size=4, fraction=0.25
 
 def suite() -> SuiteSpec:
     """The suite quant/salient."""
-    head = {
-        "suite": "quant/salient",
-        "suite_version": "1.0.0",
-        "op": "quant.salient",
-        "title": "AWQ's experiment: rounding to nearest beside the few input channels of largest activations",
-        "header": HEADER,
-        "lesson": "lessons/11-awq.md",
-        "generator": {"name": "refllm golden regen, suites/salient.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/salient",
+        "AWQ's experiment: rounding to nearest beside the few input channels of largest activations",
+        HEADER,
+        "lessons/11-awq.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions"}
     w = [[0.9, 0.1, -0.7, 0.4, 0.3, -0.2, 0.8, 0.6], [-0.5, 0.3, 0.2, 0.7, -0.9, 0.6, 0.1, -0.35]]
     w = [[math.ldexp(round(v * 1024), -10) for v in row] for row in w]

@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_clear, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -91,15 +91,13 @@ def _random(id, comment, flags, shape, **knobs) -> CaseSpec:
 
 def suite() -> SuiteSpec:
     """The suite quant/small_float."""
-    head = {
-        "suite": "quant/small_float",
-        "suite_version": "1.0.0",
-        "op": "quant.small_float",
-        "title": "FP8 and FP6 weights with a scale per block",
-        "header": HEADER,
-        "lesson": "lessons/04-number-formats.md",
-        "generator": {"name": "refllm golden regen, suites/scaled_floats.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/small_float",
+        "FP8 and FP6 weights with a scale per block",
+        HEADER,
+        "lessons/04-number-formats.md",
+    )
     e4, e3, e2 = ({"table": name} for name in FORMS)
     invalid = lambda id, value: CaseSpec(
         id, str(value), ("NonFinite",), {"w": values("f32", [[1.0, value]])}, result="invalid", error="value",

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -66,15 +66,7 @@ def _clear(made, start: int) -> CaseSpec:
 
 
 def _suite(name: str, title: str, lesson: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:
-    head = {
-        "suite": f"kvcache/{name}",
-        "suite_version": "1.0.0",
-        "op": f"kvcache.{name}",
-        "title": title,
-        "header": header,
-        "lesson": f"lessons/{lesson}.md",
-        "generator": {"name": "refllm golden regen, suites/sequence.py", "version": "1"},
-    }
+    head = manifest_head(__name__, f"kvcache/{name}", title, header, f"lessons/{lesson}.md")
     source = {"kind": "first_principles", "name": "the header, in fractions, exp with 30 digits"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])
 

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, manifest_head, values
 from refllm.evaluate.golden.suites.exact import to_f64
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -180,14 +180,13 @@ def _laws() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite runtime/speculative."""
-    head = {
-        "suite": "runtime/speculative",
-        "suite_version": "1.0.0",
-        "op": "runtime.accept",
-        "title": "Speculative decoding: which drafted tokens are kept and what follows, for given random numbers",
-        "header": HEADER,
-        "lesson": "lessons/02-prefill-decode-cache.md",
-        "generator": {"name": "refllm golden regen, suites/speculative.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "runtime/speculative",
+        "Speculative decoding: which drafted tokens are kept and what follows, for given random numbers",
+        HEADER,
+        "lessons/02-prefill-decode-cache.md",
+        op="runtime.accept",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in (_decisions(), _laws())])

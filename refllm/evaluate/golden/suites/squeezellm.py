@@ -4,7 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, f16_margin, first_clear, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -173,14 +173,12 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite quant/squeezellm."""
-    head = {
-        "suite": "quant/squeezellm",
-        "suite_version": "1.0.0",
-        "op": "quant.squeezellm",
-        "title": "A table a row by weighted k-means, and the weights kept apart from it",
-        "header": HEADER,
-        "lesson": "lessons/14-codebooks.md",
-        "generator": {"name": "refllm golden regen, suites/squeezellm.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "quant/squeezellm",
+        "A table a row by weighted k-means, and the weights kept apart from it",
+        HEADER,
+        "lessons/14-codebooks.md",
+    )
     source = {"kind": "first_principles", "name": "the header above, in exact fractions, every clustering compared"}
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in (_valid(), _rejected())])

@@ -4,7 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.svd_definition import case, householder, jacobi, product, rank_of
@@ -159,15 +159,14 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite lowrank/svd."""
-    head = {
-        "suite": "lowrank/svd",
-        "suite_version": "1.0.2",
-        "op": "lowrank.svd",
-        "title": "Truncated singular value decomposition: factors, their product, its error, the rank",
-        "header": HEADER,
-        "lesson": "lessons/08-zeros-and-ranks.md",
-        "generator": {"name": "refllm golden regen, suites/svd.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "lowrank/svd",
+        "Truncated singular value decomposition: factors, their product, its error, the rank",
+        HEADER,
+        "lessons/08-zeros-and-ranks.md",
+        version="1.0.2",
+    )
     source = {"kind": "first_principles", "name": "products of known factors; #30 by Jacobi rotations"}
     groups = (_factors(), _random(), _ranks(), _rejected())
     return SuiteSpec(head, NOTES, [({"params": {}, "source": source}, cases) for cases in groups])

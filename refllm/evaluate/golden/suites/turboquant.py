@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import pairwise
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_clear, pack_low_first, to_f16
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -111,14 +111,12 @@ def suite() -> SuiteSpec:
         _case(1, "a key", "Rotation Scale Signs Constant", 1, 2, "codes norm signs residual k_hat"),
         _case(2, "three bits", "Table Norm Packed", 2, 3, "codes norm x_hat"),
     ]
-    head = {
-        "suite": "kvcache/turboquant",
-        "suite_version": "1.0.0",
-        "op": "kvcache.turboquant",
-        "title": "Vectors turned at random, coded by the table of the normal distribution; signs of what is missed",
-        "header": header,
-        "lesson": "lessons/29-random-rotations-of-caches.md",
-        "generator": {"name": "refllm golden regen, suites/turboquant.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "kvcache/turboquant",
+        "Vectors turned at random, coded by the table of the normal distribution; signs of what is missed",
+        header,
+        "lessons/29-random-rotations-of-caches.md",
+    )
     source = {"kind": "first_principles", "name": "the header, in fractions, roots with 40 digits, Max's table of 1960"}
     return SuiteSpec(head, notes, [({"params": {}, "source": source}, cases)])

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 
-from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, values
+from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import dyadic, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -86,15 +86,7 @@ def pq_suite() -> SuiteSpec:
 
 
 def _suite(name, op, title, header, notes, *groups) -> SuiteSpec:
-    head = {
-        "suite": name,
-        "suite_version": "1.0.0",
-        "op": op,
-        "title": title,
-        "header": header,
-        "lesson": "lessons/15-vector-codes.md",
-        "generator": {"name": "refllm golden regen, suites/vector_codes.py", "version": "1"},
-    }
+    head = manifest_head(__name__, name, title, header, "lessons/15-vector-codes.md", op=op)
     return SuiteSpec(head, notes, [({"params": {}, "source": SOURCE}, list(cases)) for cases in groups if cases])
 
 

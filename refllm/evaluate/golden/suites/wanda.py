@@ -2,7 +2,7 @@
 
 import math
 
-from refllm.evaluate.golden.build import CaseSpec, SuiteSpec
+from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head
 from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.prune_definition import case, invalid
 from refllm.evaluate.golden.suites.prune_notes import HEADER, NOTES, WANDA_NOTES
@@ -93,15 +93,14 @@ def _rejected() -> list[CaseSpec]:
 
 def suite() -> SuiteSpec:
     """The suite prune/wanda."""
-    head = {
-        "suite": "prune/wanda",
-        "suite_version": "1.0.2",
-        "op": "prune.wanda",
-        "title": "Pruning by weight times input norm: masks, kept values, bitmasks and 2:4 indices",
-        "header": _OWN + HEADER,
-        "lesson": "lessons/08-zeros-and-ranks.md",
-        "generator": {"name": "refllm golden regen, suites/wanda.py", "version": "1"},
-    }
+    head = manifest_head(
+        __name__,
+        "prune/wanda",
+        "Pruning by weight times input norm: masks, kept values, bitmasks and 2:4 indices",
+        _OWN + HEADER,
+        "lessons/08-zeros-and-ranks.md",
+        version="1.0.2",
+    )
     source = {"kind": "first_principles", "name": "the header above, by sorting exact squares of scores"}
     notes = WANDA_NOTES | {name: NOTES[name] for name in _ALIKE.split()}
     groups = (_plain(), _patterns(), _random(), _rejected())
