@@ -270,7 +270,7 @@ def test_methods_are_the_catalogue(run, run_json):
     some = run_json("methods", "svd", "prune")["methods"]
     assert [entry["name"] for entry in some] == ["magnitude", "wanda", "svd"]
     code, _, err = run("methods", "rtm")
-    assert code == 2 and "no method or family 'rtm'; there are aciq, activations" in err
+    assert code == 2 and "no method or family 'rtm'; did you mean rtn?; there are aciq, activations" in err
 
 
 def test_lesson_lists_and_runs(run, run_json, monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
 """What the commands share: options, reading models and texts, printing. Nothing heavy is imported at the top."""
 
 import argparse
-import difflib
 import json
 import sys
 from math import isfinite
 from pathlib import Path
+
+from refllm.formats.names import meant
 
 SCHEMA_VERSION = 1
 CALIBRATION_TOKENS = 4096
@@ -37,20 +38,14 @@ class Parser(argparse.ArgumentParser):
         found, extras = super().parse_known_args(args, namespace)
         if extras:
             options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"unrecognized arguments: {' '.join(extras)}{_nearest(extras[0].partition('=')[0], options)}")
+            self.error(f"unrecognized arguments: {' '.join(extras)}{meant(extras[0].partition('=')[0], options)}")
         return found, extras
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            message = f"invalid choice: {value!r}{_nearest(str(value), choices)} (choose from {', '.join(choices)})"
+            message = f"invalid choice: {value!r}{meant(str(value), choices)} (choose from {', '.join(choices)})"
             raise argparse.ArgumentError(action, message)
-
-
-def _nearest(text: str, names: list[str]) -> str:
-    """ "; did you mean NAME?" where a name is close to what was typed, else nothing."""
-    near = difflib.get_close_matches(text, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def count(text: str) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from refllm.cli.common import Silent, UsageError, add_command, note, print_json
+from refllm.formats.names import meant
 
 
 def add_commands(commands) -> None:
@@ -30,7 +31,8 @@ def methods(args) -> None:
     entries = catalogue()
     known = {word for entry in entries for word in (entry["name"], entry["family"])}
     if unknown := [name for name in args.names if name not in known]:
-        raise UsageError(f"no method or family {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        near = meant(unknown[0], sorted(known))
+        raise UsageError(f"no method or family {unknown[0]!r}{near}; there are {', '.join(sorted(known))}")
     if args.names:
         entries = [entry for entry in entries if {entry["name"], entry["family"]} & set(args.names)]
     if args.json:

@@ -22,14 +22,14 @@ def add_commands(commands) -> None:
     parser = add_command(commands, "compress", compress, "store a model packed; every command takes it as MODEL")
     add_model(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; for gguf a file")
-    parser.add_argument("--recipe", type=recipe_text, required=True, metavar="R")
+    parser.add_argument("--recipe", type=recipe_text, required=True, metavar="R", help="e.g. awq:bits=4,group=32")
     add_calibration(parser)
     formats = ("native", "gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
     parser.add_argument("--format", choices=formats, default="native", help="layout of the files (default native)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
     parser = add_command(commands, "convert", convert, "between Hugging Face folders and GGUF, both ways")
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="tiny, smollm2, a .gguf file or a folder, packed or not")
     parser.add_argument("out", metavar="OUT", help="a name that ends in .gguf, or a folder")
     parser.add_argument(
         "--type",

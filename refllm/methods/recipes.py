@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
+from refllm.formats.names import meant
+
 # Families in the order of the taxonomy, with what a stage of each changes: a whole model, one weight after another (the
 # last of them take a weight that is packed), or one place of `model.runtime`.
 MODEL_FAMILIES = ("transform", "blockwise")
@@ -112,7 +114,9 @@ def _stage(text: str, recipe: str) -> Stage:
     if name == "none":
         raise RecipeError(f"none, the uncompressed model, stands alone; leave it out of the recipe {recipe!r}")
     if name not in methods():
-        raise RecipeError(f"unknown method {name!r} in recipe {recipe!r}; known: {', '.join(sorted(methods()))}")
+        known = sorted(methods())
+        near = meant(name, known)
+        raise RecipeError(f"unknown method {name!r} in recipe {recipe!r}{near}; known: {', '.join(known)}")
     family, function = methods()[name]
     allowed = knobs(function)
     values, only = {}, None
@@ -131,7 +135,8 @@ def _stage(text: str, recipe: str) -> Stage:
             values[key] = _convert(value.strip(), allowed[key], name)
         else:
             known = [*key_names(function), *(["only"] if family in WEIGHT_FAMILIES else [])]
-            raise RecipeError(f"unknown key {key!r} for method {name!r}; known: {', '.join(known) or 'none'}")
+            near = meant(key, [*allowed, *_SHORT_KEYS, "only"])
+            raise RecipeError(f"unknown key {key!r} for method {name!r}{near}; known: {', '.join(known) or 'none'}")
     return Stage(name, family, function, values, only)
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from refllm.evaluate.golden.suite import Case, Suite, default_root, read_suite, suite_names
+from refllm.formats.names import meant
 
 OK, FAILED, USAGE, NOTHING, CORRUPT = range(5)
 
@@ -30,15 +31,15 @@ def names_of(args, root: Path) -> list[str]:
     known = suite_names(root)
     for name in args.suites:
         if name not in known:
-            raise UsageError(f"unknown suite {name!r}; known: {', '.join(known) or 'none'}")
+            raise UsageError(f"unknown suite {name!r}{meant(name, known)}; known: {', '.join(known) or 'none'}")
     return args.suites or known
 
 
 def find_case(root: Path, name: str) -> tuple[Suite, Case]:
     """The suite and the case that SUITE#ID names. Raises UsageError if there is no such case."""
     suite_name, _, number = name.partition("#")
-    if suite_name not in suite_names(root):
-        raise UsageError(f"unknown suite {suite_name!r}; known: {', '.join(suite_names(root)) or 'none'}")
+    if suite_name not in (known := suite_names(root)):
+        raise UsageError(f"unknown suite {suite_name!r}{meant(suite_name, known)}; known: {', '.join(known) or 'none'}")
     suite = read_suite(root, suite_name)
     for case in suite.cases:
         if str(case.id) == number:

@@ -53,7 +53,7 @@ def test_exit_codes_of_verify(golden, demo):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("verify", "demo/gone"), "unknown suite 'demo/gone'; known: demo/double"),
+        (("verify", "demo/gone"), "unknown suite 'demo/gone'; did you mean demo/double?; known: demo/double"),
         (("verify", "demo/double#99"), "has no case 99; ids: 1, 2, 3, 4, 7"),
         (("verify", "--impl", "mine"), "MODULE:FUNCTION"),
         (("verify", "--impl", "gone_module:f"), "gone_module"),

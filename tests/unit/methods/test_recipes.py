@@ -66,14 +66,17 @@ def test_what_the_caller_passes_is_no_knob(name):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gpqt:bits=4", r"unknown method 'gpqt' in recipe 'gpqt:bits=4'; known: .*rtn.*wanda"),
+        ("gpqt:bits=4", r"unknown method 'gpqt' in recipe 'gpqt:bits=4'; did you mean gptq\?; known: .*rtn.*wanda"),
         ("rtn+", "unknown method ''"),
         ("+rtn", "unknown method ''"),
         ("none+rtn", r"none, the uncompressed model, stands alone; leave it out of the recipe 'none\+rtn'"),
         ("rtn + none", "stands alone"),
         ("none:bits=4", "stands alone"),
         ("RTN", "unknown method 'RTN'"),
-        ("rtn:bit=4", r"unknown key 'bit' for method 'rtn'; known: bits, group \(or group_size\), .*only"),
+        (
+            "rtn:bit=4",
+            r"unknown key 'bit' for method 'rtn'; did you mean bits\?; known: bits, group \(or group_size\), .*",
+        ),
         ("rtn:stats=1", "unknown key 'stats'"),
         ("kivi:only=mlp", "unknown key 'only' for method 'kivi'"),
         ("flash:scale=2", "unknown key 'scale' for method 'flash'"),
