@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from refllm.formats.files import atomic_write
 
 _MARKERS = "osD^vP*Xh<>"
 _FLOOR = 1e-6  # nats: below it KL is rounding, and a logarithmic axis has no zero
 _CEILING = 20  # times the smallest perplexity: what lies above is drawn there, or the rest would lie in a line
-_NAMES = 24  # points that have their names beside them; more have numbers
+_NAMES = 12  # points that have their names beside them; more have numbers
+_MARKER = 5  # half the width of a marker, in pixels
+_AROUND = (0, 180, 90, 270, 45, 315, 135, 225)  # degrees at which a label is tried: to the right first
 
 
 def check_target(path) -> None:
@@ -35,6 +39,7 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     check_target(path)
     asked = all(row.get("recall") for row in rows)
@@ -46,16 +51,18 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
     left, right, *beside = figure.subplots(1, 3 if listed else 2)
     for i, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
         mine = [point for row, point in zip(rows, points, strict=True) if row["family"] == family]
-        style = {"marker": _MARKERS[i % len(_MARKERS)], "color": f"C{i % 10}", "linestyle": "none", "label": family}
+        style = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5, "color": f"C{i % 10}", "linestyle": "none"}
         costs, *heights = zip(*mine, strict=True)
         for axes, values in zip((left, right), heights, strict=True):
-            axes.plot(costs, values, **style)
+            axes.plot(costs, values, label=family, **style)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4 if listed else 3, fontsize=9)
     left.set_yscale("log")
     left.set_ylabel(f"KL to the base, nats per token ({floor:.1g} and less drawn there)")
     right.set_ylabel("share of questions answered" if asked else "perplexity")
     if not asked and max(row["perplexity"] for row in rows) > ceiling / 2:
         right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(LogFormatter())
         right.set_ylabel(f"perplexity ({ceiling:.3g} and more drawn there)")
     weights = "bits per weight, everything stored, embedding included"
     cache = "bytes of the cache a token, host memory left out"
@@ -63,6 +70,8 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
         axes.set_xlabel(cache if asked else weights)
         axes.grid(True, alpha=0.3)
         axes.margins(x=0.12, y=0.08)
+        if not asked and max(costs := [point[0] for point in points]) > 2.5 * min(costs):
+            _doubling(axes, costs)
     names = [row["recipe"] for row in rows]
     if listed:
         numbers = [str(number) for number in range(1, len(names) + 1)]
@@ -74,8 +83,7 @@ def quality_against_size(rows: Sequence[dict], path) -> None:
         names = numbers
     figure.draw_without_rendering()  # the layout is final before labels are placed in it
     for axes, which in ((left, 1), (right, 2)):
-        places = [(point[0], point[which], name) for point, name in zip(points, names, strict=True)]
-        _label(axes, places, width=18 if listed else 190)
+        _label(axes, [(point[0], point[which]) for point in points], names)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -89,21 +97,44 @@ def _point(row: dict, asked: bool, floor: float, ceiling: float) -> tuple[float,
     return row["cache_bytes"]["device_bytes_per_token"], divergence, sum(found) / len(found)
 
 
-def _label(axes, points: Sequence[tuple[float, float, str]], width: float) -> None:
-    """Name every point; labels, so many pixels wide, that would cover each other move away, on a line."""
-    pixels = axes.transData.transform
-    taken: list[tuple[float, float]] = []
-    for *point, name in sorted(points):
-        x, y = pixels(point)
-        beside = [b for a, b in taken if abs(x - a) < width]
-        heights = (y + shift for step in range(200) for shift in (4.0 * step, -4.0 * step))
-        inside = (at for at in heights if axes.bbox.y0 < at < axes.bbox.y1)
-        shift = next((at for at in inside if all(abs(at - b) >= 13 for b in beside)), y) - y
-        taken.append((x, y + shift))
-        right_half = x > axes.bbox.x0 + 0.6 * axes.bbox.width
-        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0} if shift else None
+def _doubling(axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis with ticks that say bits: most methods lie between 2 and 8, the base at 16 or 32."""
+    axes.set_xscale("log", base=2)
+    ticks = [bits for bits in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32) if min(costs) / 1.3 < bits < max(costs) * 1.3]
+    axes.set_xticks(ticks, [str(bits) for bits in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _label(axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Name every point: beside it, or with a line to the nearest place where nothing is covered."""
+    at = axes.transData.transform(points)
+    covered = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in at]
+    for i in np.lexsort(at.T[::-1]):
         label = axes.annotate(
-            name, point, xytext=(-6 if right_half else 6, shift * 72 / axes.figure.dpi), fontsize=7.5,
-            textcoords="offset points", ha="right" if right_half else "left", va="center", arrowprops=line,
+            names[i], points[i], xytext=(0, 0), fontsize=7.5, textcoords="offset pixels", ha="center", va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
         label.set_in_layout(False)  # or many labels would leave no room for the panels
+        extent = label.get_window_extent()
+        size = np.array([extent.width, extent.height]) / 2
+        away, box = _free(at[i], size, np.array(covered), axes.bbox)
+        label.xyann = tuple(box[:2] + size - at[i])
+        label.arrow_patch.set_visible(away > 0)
+        covered.append(tuple(box))
+
+
+def _free(point: np.ndarray, size: np.ndarray, covered: np.ndarray, panel) -> tuple[int, np.ndarray]:
+    """Pixels to the nearest place for a box of half-width and half-height `size`, and the box [x0, y0, x1, y1].
+
+    0 pixels is right beside the marker. A panel without room gets the box there, whatever it covers.
+    """
+    for away in range(0, 400, 4):
+        for degrees in _AROUND if away == 0 else range(0, 360, 15):
+            direction = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
+            centre = point + direction * (size + _MARKER + 1 + away)
+            box = np.concatenate([centre - size, centre + size])
+            apart = (box[:2] >= covered[:, 2:]) | (box[2:] <= covered[:, :2])
+            inside = (box[:2] > panel.min).all() and (box[2:] < panel.max).all()
+            if inside and apart.any(axis=1).all():
+                return away, box
+    return 0, np.concatenate([point - size, point + size])

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refllm.evaluate import compare as comparing
 from refllm.evaluate import plots, worker
@@ -188,6 +190,36 @@ def test_many_points_have_numbers_and_a_list(result, tmp_path):
     quality_against_size(many, tmp_path / "many.png")
     quality_against_size(many[: plots._NAMES], tmp_path / "few.png")
     assert width(tmp_path / "many.png") > width(tmp_path / "few.png")
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30))
+def test_labels_cover_neither_each_other_nor_markers(points):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(8, 6), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(-5, 25), ylim=(-5, 25))
+    plots._label(axes, points, [f"name {i}" for i in range(len(points))])
+    half = plots._MARKER - 0.01  # neighbours may touch
+    markers = [[x - half, y - half, x + half, y + half] for x, y in axes.transData.transform(points)]
+    labels = [Text.get_window_extent(text).padded(-0.01).extents for text in axes.texts]  # without its line
+    boxes = np.array(markers + labels)
+    for i, label in enumerate(labels, len(markers)):
+        apart = (label[:2] >= boxes[:, 2:]) | (label[2:] <= boxes[:, :2])
+        assert np.flatnonzero(~apart.any(axis=1)).tolist() == [i]
+        assert axes.bbox.containsx(label[0]) and axes.bbox.containsx(label[2])
+        assert axes.bbox.containsy(label[1]) and axes.bbox.containsy(label[3])
+
+
+def test_a_label_without_room_lies_on_its_point():
+    from matplotlib.transforms import Bbox
+
+    covered, panel = np.array([[0.0, 0, 100, 100]]), Bbox([[0, 0], [100, 100]])
+    away, box = plots._free(np.array([50.0, 50]), np.array([10.0, 5]), covered, panel)
+    assert away == 0 and box.tolist() == [40, 45, 60, 55]
 
 
 def test_pictures_that_cannot_be_written(tmp_path):
