@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refllm.evaluate import compare as comparing
@@ -192,6 +192,7 @@ def test_many_points_have_numbers_and_a_list(result, tmp_path):
     assert width(tmp_path / "many.png") > width(tmp_path / "few.png")
 
 
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30))
 def test_labels_cover_neither_each_other_nor_markers(points):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
