@@ -134,8 +134,10 @@ def _stage(text: str, recipe: str) -> Stage:
         elif key in allowed:
             values[key] = _convert(value.strip(), allowed[key], name)
         else:
-            known = [*key_names(function), *(["only"] if family in WEIGHT_FAMILIES else [])]
-            near = meant(key, [*allowed, *_SHORT_KEYS, "only"])
+            extra = ["only"] if family in WEIGHT_FAMILIES else []
+            known = [*key_names(function), *extra]
+            short = [key for key, name in _SHORT_KEYS.items() if name in allowed]
+            near = meant(key, [*allowed, *short, *extra])
             raise RecipeError(f"unknown key {key!r} for method {name!r}{near}; known: {', '.join(known) or 'none'}")
     return Stage(name, family, function, values, only)
 

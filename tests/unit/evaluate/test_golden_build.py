@@ -127,3 +127,16 @@ def test_moving_an_array_into_the_data_file_changes_nothing_that_was_promised():
     entry["key"] = "1/x"
     del entry["inline"]
     check_version(old, new)
+
+
+def test_the_first_clear_seed_is_taken_and_real_errors_are_passed_on():
+    def make(seed):
+        if seed < 7:
+            raise exact.Unclear("near a tie")
+        return 10 * seed
+
+    assert exact.first_clear(make, 3) == 70 and exact.first_clear(make, 8) == 80
+    with pytest.raises(ValueError, match=r"no seed from -20000 on .*: near a tie"):
+        exact.first_clear(make, -20000)
+    with pytest.raises(ValueError, match="does not fit u8"):
+        exact.first_clear(lambda seed: values("u8", [[300]]) if seed else make(0), 0)

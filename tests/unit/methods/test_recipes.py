@@ -78,6 +78,7 @@ def test_what_the_caller_passes_is_no_knob(name):
             r"unknown key 'bit' for method 'rtn'; did you mean bits\?; known: bits, group \(or group_size\), .*",
         ),
         ("rtn:stats=1", "unknown key 'stats'"),
+        ("streaming:grop=3", "unknown key 'grop' for method 'streaming'; known:"),  # it has no groups
         ("kivi:only=mlp", "unknown key 'only' for method 'kivi'"),
         ("flash:scale=2", "unknown key 'scale' for method 'flash'"),
         ("speculative:draft_model=tiny", "unknown key 'draft_model'"),

@@ -84,7 +84,7 @@ def _first_least(errors: list[float]) -> int:
     best = errors.index(min(errors))
     near = [e for e in errors if e != errors[best] and e < errors[best] * (1 + APART) + 1e-12]
     if near:
-        raise ValueError(f"two errors are nearly equal: {errors[best]!r}, {near[0]!r}")
+        raise Unclear(f"two errors are nearly equal: {errors[best]!r}, {near[0]!r}")
     return best
 
 
@@ -122,7 +122,7 @@ def case(
             cut += [min(max(v, -limit), limit) for v in group]
         rounded.append(_rounded(cut, g, bits, margins))
     if min(margins) < CLEAR:
-        raise ValueError(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
     bits_equal = {"class": "bits"}
     expected = {
         "ratio": Output(bits_equal, values("i64", best)),

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.checkpoint_bitsandbytes import TABLES, double, dynamic_map
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.small_number_definition import encode
 
@@ -70,7 +70,7 @@ def quantize(w: list[list[float]], table: str, block: int, double_quant: bool) -
     if double_quant:
         offset = sum(absmax) / len(absmax)
         if to_f32(offset) != offset:
-            raise ValueError("the mean of the scales is no float32")
+            raise Unclear("the mean of the scales is no float32")
         names, nested = double(list(map(float, absmax)), float(offset))
         values_of = [Fraction(x) for x in dynamic_map()]
         product = lambda b: to_f32(values_of[names[b]] * Fraction(nested[b // 256]))

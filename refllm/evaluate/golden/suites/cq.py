@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import f16_margin, pack_low_first, to_f16
+from refllm.evaluate.golden.suites.exact import Unclear, f16_margin, pack_low_first, to_f16
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -63,13 +63,13 @@ def _learned(x, sensitivity, clusters, c: int) -> list:
             total = sum(weights[i] for i in mine)
             means = [sum(weights[i] * Fraction(pieces[i][j]) for i in mine) / total for j in range(c)]
             if any(f16_margin(mean) < Fraction(1, 200) for mean in means if mean):
-                raise ValueError("a mean lies near the middle of two float16")
+                raise Unclear("a mean lies near the middle of two float16")
             book.append([to_f16(mean) for mean in means])
         if [_nearest(piece, book) for piece in pieces] != of_token:
-            raise ValueError("a token is nearer to another cluster")
+            raise Unclear("a token is nearer to another cluster")
         uses = [of_token.count(cluster) for cluster in range(len(book))]
         if len(set(uses)) < len(uses):
-            raise ValueError("two clusters are as large, and their order is free")
+            raise Unclear("two clusters are as large, and their order is free")
         books.append([vector for _, vector in sorted(zip(uses, book, strict=True), reverse=True)])
     return books
 

@@ -118,7 +118,7 @@ def pack_low_first(codes: list[int], bits: int) -> list[int]:
 
 
 class Unclear(ValueError):
-    """A decision lies too near to its boundary for a golden case."""
+    """Numbers that make no golden case: a decision lies too near to its boundary, or what is to be shown is not."""
 
 
 def first_clear(make: Callable, start: int):
@@ -127,12 +127,12 @@ def first_clear(make: Callable, start: int):
     Raises
     ------
     ValueError
-        If `make` raises one (an `Unclear` among them) for 10,000 seeds in a row.
+        If `make` raises Unclear for 10,000 seeds in a row; any other error it raises is passed on.
     """
     for seed in range(start, start + 10_000):
         try:
             return make(seed)
-        except ValueError as error:
+        except Unclear as error:
             last = error
     raise ValueError(f"no seed from {start} on keeps away from the boundaries: {last}")
 

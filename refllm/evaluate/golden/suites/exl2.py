@@ -263,7 +263,7 @@ def best_choice(error, nbytes, budget) -> list[int]:
         best = sorted(sums, key=sums.get)
         found.add(best[0])
         if len(best) > 1 and sums[best[1]] < sums[best[0]] + 1e-3:
-            raise ValueError("another choice comes near")
+            raise Unclear("another choice comes near")
     if len(found) > 1:
         raise ValueError("powers differ")
     return list(found.pop())

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, Values, values
 from refllm.evaluate.golden.suites.exact import (
+    Unclear,
     dyadic,
     dyadic_recipe,
     f16_margin,
@@ -183,7 +184,7 @@ def case(
     exact = lambda rows: [[Fraction(v) for v in row] for row in rows]
     outputs, margin = quantize(exact(w), exact(x), d)
     if not near and margin < MARGIN:
-        raise ValueError(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
     permuted = d.act_order and d.group_size > 0 and not d.static_groups
     stored = [name for name in outputs if name != "w_hat" and (permuted or name != "g_idx")]
     expected = {name: _output(name, outputs[name], d) for name in stored}

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from refllm.evaluate.golden.build import CaseSpec, Output, Values, values
-from refllm.evaluate.golden.suites.exact import f16_margin, nearest, pack_low_first, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, f16_margin, nearest, pack_low_first, to_f16, to_f32
 
 MARGIN = Fraction(1, 1000)
 Grid = tuple[list[int], Fraction, Fraction]  # codes, scale, minimum of one group
@@ -118,7 +118,7 @@ def case(
     heads = list(zip(exact_k, exact_v, strict=True))
     states = [state(hk, hv, s, margins) for hk, hv in heads]
     if not near and min(margins, default=Fraction(1, 2)) < MARGIN:
-        raise ValueError(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
     seen = [returned(hk, hv, sum(chunks[:-1]), s) for hk, hv in heads]
     floats = lambda side: [[[float(x) for x in token] for token in head[side]] for head in seen]
     bits = {"class": "bits", "zero_sign": "ignore"}

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
+    Unclear,
     dyadic,
     dyadic_recipe,
     f16_margin,
@@ -52,7 +53,7 @@ def _clear(made, start: int) -> CaseSpec:
 
 def _check(id: int, margins: list[Fraction], near: bool) -> None:
     if not near and min(margins, default=Fraction(1, 2)) < MARGIN:
-        raise ValueError(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
 
 
 def _suite(name: str, title: str, header: list[str], notes: dict, cases: list[CaseSpec]) -> SuiteSpec:

@@ -8,6 +8,7 @@ import numpy as np
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
+    Unclear,
     dyadic,
     dyadic_recipe,
     f16_margin,
@@ -51,7 +52,7 @@ def _percentiles(x: list[Fraction], outliers: Fraction) -> tuple[Fraction, Fract
 
 def _check(margin: Fraction, what: str) -> None:
     if margin < MARGIN:
-        raise ValueError(f"{what} lies near a rounding boundary")
+        raise Unclear(f"{what} lies near a rounding boundary")
 
 
 def _f16(x: Fraction, near: bool = False) -> Fraction:
@@ -329,7 +330,7 @@ def _best(points: list[tuple[Fraction, Fraction]], clusters: int) -> list[Fracti
         ways.append((sum(error for error, _ in parts), [mean for _, mean in parts]))
     ways.sort()
     if ways[1][0] < ways[0][0] * (1 + MARGIN):
-        raise ValueError("another table is as good")
+        raise Unclear("another table is as good")
     return ways[0][1]
 
 
@@ -357,7 +358,7 @@ def _learned(k: Rows, v: Rows, fk: Rows, fv: Rows, bits: int, outliers: Fraction
             ends = limits if side == "k" else [_percentiles(row, outliers)] * len(row)
             for x, weight, (low, high) in zip(row, squares, ends, strict=True):
                 if min(abs(x - low), abs(x - high)) * 200 < high - low:
-                    raise ValueError("a number on its limit")
+                    raise Unclear("a number on its limit")
                 if low < x < high:
                     points.append(((2 * x - low - high) / (high - low), weight))
         found[f"{side}_table"] = _table(points, bits, norm)

@@ -120,7 +120,7 @@ def case(
     run = lambda moving, noted: _linear(w, x, s, c_hi, c_lo, params, moving, noted)
     loss, found = run(None, margins)
     if min(margins) < CLEAR:
-        raise ValueError(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(min(margins)):.2g} steps from a rounding boundary")
     slope = lambda *moving: run(moving, [])[0].d
     rows, columns, groups = len(w), len(s), len(c_hi[0])
     ends = [[[slope(name, r, group) for group in range(groups)] for r in range(rows)] for name in ("c_hi", "c_lo")]

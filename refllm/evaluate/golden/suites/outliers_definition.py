@@ -3,7 +3,7 @@
 from fractions import Fraction
 from math import sqrt
 
-from refllm.evaluate.golden.suites.exact import f16_margin, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, f16_margin, nearest, to_f16, to_f32
 
 Rows = list[list[Fraction]]
 MARGIN = Fraction(1, 1000)
@@ -19,7 +19,7 @@ class Rounder:
         """The nearest integer, ties to even."""
         rest = abs(x - x.numerator // x.denominator - Fraction(1, 2))
         if not self.exact and rest < MARGIN:
-            raise ValueError(f"{float(x)} is too near a tie")
+            raise Unclear(f"{float(x)} is too near a tie")
         return nearest(x)
 
 
@@ -97,7 +97,7 @@ def llm_int8(w: Rows, x: Rows, threshold: float, rint: Rounder) -> dict:
 
 def _half(x: Fraction, ties: bool = False) -> Fraction:
     if not ties and f16_margin(x) < MARGIN:
-        raise ValueError(f"{float(x)} is too near the middle of two float16")
+        raise Unclear(f"{float(x)} is too near the middle of two float16")
     return to_f16(x) or Fraction(1, 2**24)
 
 
@@ -135,7 +135,7 @@ def fp4(x: Fraction, scale: Fraction, ties: bool) -> int:
     step = to_f32(x / scale)
     gaps = sorted((abs(abs(step) - value), code % 2, code) for code, value in enumerate(FP4))
     if not ties and gaps[1][0] - gaps[0][0] < MARGIN:
-        raise ValueError(f"{float(step)} is too near a tie")
+        raise Unclear(f"{float(step)} is too near a tie")
     return gaps[0][2] + (8 if x < 0 else 0)
 
 

@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import f16_margin, first_clear, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, f16_margin, first_clear, nearest, to_f16, to_f32
 from refllm.evaluate.golden.suites.outliers_cases import bits_output, drawn_rows, rejected
 from refllm.evaluate.golden.suites.outliers_definition import MARGIN, exact, floats
 from refllm.evaluate.golden.suites.rtn_notes import note
@@ -19,7 +19,7 @@ def _suite(name: str, title: str, header: list[str], notes: dict, groups: list[l
 def _clear_f16(x: Fraction) -> Fraction:
     """The nearest float16 of a number that is known up to float64 rounding; at least the smallest."""
     if f16_margin(x) < MARGIN:
-        raise ValueError(f"{float(x)} is too near the middle of two float16")
+        raise Unclear(f"{float(x)} is too near the middle of two float16")
     return to_f16(x) or Fraction(1, 2**24)
 
 
@@ -85,7 +85,7 @@ def searched(row: list[Fraction], normals: str, low: int, high: int) -> tuple[Fr
         tried.append((sum((x - y) ** 2 for x, y in zip(row, back, strict=True)), scale))
     least = min(error for error, _ in tried)
     if any(least < error < least * Fraction(1001, 1000) for error, _ in tried):
-        raise ValueError("two scales are nearly as good")
+        raise Unclear("two scales are nearly as good")
     return next((scale, error) for error, scale in tried if error == least)
 
 
@@ -127,7 +127,7 @@ def _olive_rounded_first(seed: int) -> CaseSpec:
     w = _loud_rows(seed, 2, 24)
     scales = [(row, unrounded(row, "int", 90)) for row in w]
     if all(coded(row, s, "int")[0] == coded(row, to_f16(s), "int")[0] for row, s in scales):
-        raise ValueError("the rounding of the scale changes no code")
+        raise Unclear("the rounding of the scale changes no code")
     return _olive(27, "codes hang on the rounding of the scale", "RoundedFirst", w, low=90, high=91)
 
 
@@ -277,7 +277,7 @@ def _spark_rounded_first(seed: int) -> CaseSpec:
     scale = to_f32(max(map(abs, row)) / 255)
     decoded = lambda s: [spark_number(spark_code(min(nearest(to_f32(abs(w) / s)), 255))) for w in row]
     if decoded(scale) == decoded(to_f16(scale)):
-        raise ValueError("the rounding of the scale changes no number")
+        raise Unclear("the rounding of the scale changes no number")
     return _spark(13, "numbers hang on the rounding of the scale", "RoundedFirst", [row])
 
 

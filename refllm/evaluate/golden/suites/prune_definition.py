@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import isqrt
 
 from refllm.evaluate.golden.build import CaseSpec, Output, values
-from refllm.evaluate.golden.suites.exact import pack_low_first, to_f16, to_f64
+from refllm.evaluate.golden.suites.exact import Unclear, pack_low_first, to_f16, to_f64
 
 MARGIN = Fraction(1, 1000)  # two scores that are not equal differ by this fraction at least
 BITS = {"class": "bits", "zero_sign": "ignore"}
@@ -41,10 +41,10 @@ def check_squares(scores: list[list[Fraction]]) -> None:
     distinct = sorted(set(every))
     for a, b in itertools.pairwise(distinct):
         if b - a < MARGIN * b:
-            raise ValueError(f"scores {float(a):.9g} and {float(b):.9g} are nearly equal")
+            raise Unclear(f"scores {float(a):.9g} and {float(b):.9g} are nearly equal")
     for s in (s for s in distinct if every.count(s) > 1):
         if isqrt(s.numerator) ** 2 != s.numerator or isqrt(s.denominator) ** 2 != s.denominator:
-            raise ValueError(f"equal scores with the irrational root of {s}")
+            raise Unclear(f"equal scores with the irrational root of {s}")
 
 
 def pair_nibble(kept: list[int]) -> int:

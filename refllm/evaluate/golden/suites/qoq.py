@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import isqrt
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, nearest, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, nearest, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -155,7 +155,7 @@ def _power(v: Fraction, alpha: float) -> Fraction:
     """v, 1, or the root of a square."""
     root = Fraction(isqrt(v.numerator), isqrt(v.denominator))
     if alpha == 0.5 and root * root != v:
-        raise ValueError(f"the root of {v} is irrational")
+        raise Unclear(f"the root of {v} is irrational")
     return {0.0: Fraction(1), 0.5: root, 1.0: v}[alpha]
 
 

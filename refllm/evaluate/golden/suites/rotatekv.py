@@ -4,6 +4,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
 from refllm.evaluate.golden.suites.exact import (
+    Unclear,
     dyadic,
     dyadic_recipe,
     f16_margin,
@@ -60,7 +61,7 @@ def _group(x: list[Fraction], bits: int) -> tuple[list[int], Fraction, Fraction]
     if min(x) != low:
         away.append(Fraction(1, 2) - f16_margin(min(x)))  # close to a float16, where "down" is a matter of rounding
     if min(*away, f16_margin(exact) if exact else Fraction(1)) < MARGIN:
-        raise ValueError("close to a boundary")
+        raise Unclear("close to a boundary")
     return [nearest(step) for step in steps], scale, low
 
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, Values, values
 from refllm.evaluate.golden.suites.exact import (
+    Unclear,
     dyadic,
     dyadic_recipe,
     f16_margin,
@@ -147,7 +148,7 @@ def case(
     exact = [[Fraction(x) for x in row] for row in w]
     outputs, margin = quantize(exact, d)
     if not near and not vary and margin < MARGIN:
-        raise ValueError(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
     others = {}
     if vary:
         key, *rest = vary

@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import to_f16
+from refllm.evaluate.golden.suites.exact import Unclear, to_f16
 from refllm.evaluate.golden.suites.rtn_definition import MARGIN, Definition, quantize
 from refllm.evaluate.golden.suites.rtn_notes import note
 
@@ -37,7 +37,7 @@ def _case(id, comment, flags, w, x, kept, *, bits=3, group_size=4, fraction=0.25
     exact = [[Fraction(v) for v in row] for row in w]
     found, margin = quantize(exact, Definition(bits=bits, group_size=group_size, symmetric=False))
     if margin < MARGIN:
-        raise ValueError(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
+        raise Unclear(f"case {id}: a value lies {float(margin):.2g} steps from a rounding boundary")
     codes = [list(row) for row in found["codes"]]
     for row, zeros in zip(codes, found["zero_point"], strict=True):
         for k in kept:

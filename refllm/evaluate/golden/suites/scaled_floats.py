@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_clear, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, f16_margin, first_clear, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -69,7 +69,7 @@ def _case(id, comment, flags, w, recipe=None, *, table, rows=1, columns, scale_d
                 codes[r][c], value = _code(to_f32(Fraction(w[r][c]) / scale), negative, table, margins)
                 w_hat[r][c] = math.copysign(float(to_f32(value * scale)), w[r][c])
     if not near and min(margins) < MARGIN:
-        raise ValueError(f"case {id}: too near to a boundary")
+        raise Unclear(f"case {id}: too near to a boundary")
     bits = {"class": "bits"}
     expected = {
         "codes": Output(bits, values("u8", codes)),

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -55,7 +55,7 @@ def _best(scores: dict[int, Decimal], count: int) -> list[int]:
     if 0 < count < len(order):
         gap = scores[order[count - 1]] - scores[order[count]]
         if Decimal("1e-20") < gap < MARGIN:
-            raise ValueError("a close decision")
+            raise Unclear("a close decision")
     return sorted(order[:count])
 
 
@@ -362,7 +362,7 @@ def _freekv_step(q, k, before, length, page, sinks, recent, budget, tau):
             size = Decimal(float(_dot(a, a) * _dot(b, b))).sqrt()
             cosine += Decimal(float(_dot(a, b))) / size / len(q) if size else 0
     if abs(cosine - Decimal(tau)) < MARGIN:
-        raise ValueError("a close decision")
+        raise Unclear("a close decision")
     turned = cosine < Decimal(tau)
     pages = ranked(length - 1 if turned else before - 1)
     middle = [sinks + j * page + i for j in pages for i in range(page)]

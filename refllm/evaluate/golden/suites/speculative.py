@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, Values, manifest_head, values
-from refllm.evaluate.golden.suites.exact import to_f64
+from refllm.evaluate.golden.suites.exact import Unclear, to_f64
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -77,7 +77,7 @@ def _draw(p: list[Fraction], u: Fraction) -> int:
     for i, x in enumerate(p):
         reached += x
         if reached != goal and abs(reached - goal) < Fraction(1, 10**6) and u != Fraction(BELOW_1):
-            raise ValueError("a draw is too close")
+            raise Unclear("a draw is too close")
         if chosen is None and reached > goal:
             chosen = i
     return chosen

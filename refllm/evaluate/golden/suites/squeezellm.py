@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, f16_margin, first_clear, to_f16, to_f32
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, f16_margin, first_clear, to_f16, to_f32
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 HEADER = [
@@ -70,7 +70,7 @@ def best_values(row: list[Fraction], weights: list[Fraction], count: int) -> lis
         best.append(layer)
     first, *others = best[-1][len(ordered)]
     if others and others[0][0] < first[0] * Fraction(101, 100):
-        raise ValueError("two clusterings are nearly alike")
+        raise Unclear("two clusterings are nearly alike")
     return [first[1][0]] * (count - count_used) + first[1]
 
 
@@ -90,7 +90,7 @@ def quantize(w, fisher, bits: int, sensitive: float, outliers: float) -> dict:
         h = h if any(h) else [Fraction(1)] * columns
         exact = best_values(rest, h, 1 << bits)
         if min(map(f16_margin, exact)) < Fraction(1, 1000):
-            raise ValueError("a value lies between two float16")
+            raise Unclear("a value lies between two float16")
         table = [to_f16(v) for v in exact]
         code = [sum(x > (a + b) / 2 for a, b in itertools.pairwise(table)) for x in rest]
         tables.append(list(map(float, table)))

@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, first_clear
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, dyadic_recipe, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 from refllm.evaluate.golden.suites.svd_definition import case, householder, jacobi, product, rank_of
 
@@ -111,7 +111,7 @@ def _random() -> list[CaseSpec]:
         triple = jacobi(weights(seed))
         S = triple[1]
         if min(a - b for a, b in itertools.pairwise(S)) < S[0] / 8:
-            raise ValueError("singular values are not well apart")
+            raise Unclear("singular values are not well apart")
         recipe = dyadic_recipe(seed, 12, -10)
         return case(id, "6 x 5", "Random SquaredError Orientation", weights(seed), triple, 2, recipe=recipe, rank=2)
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from math import isqrt, sqrt
 
 from refllm.evaluate.golden.build import CaseSpec, Output, values
+from refllm.evaluate.golden.suites.exact import Unclear
 
 SINGLE = 64 * 2.0**-24  # error of a float32 decomposition, as a fraction of the largest singular value
 Triple = tuple[list[list], list, list[list]]  # columns of U, singular values (falling), rows of V^T
@@ -56,7 +57,7 @@ def root(s: Fraction | float) -> Fraction | float:
         return sqrt(s)
     exact = Fraction(isqrt(s.numerator), isqrt(s.denominator))
     if exact**2 != s:
-        raise ValueError(f"the root of {s} is irrational")
+        raise Unclear(f"the root of {s} is irrational")
     return exact
 
 
@@ -66,7 +67,7 @@ def factors(triple: Triple, rank: int) -> tuple[list[list], list[list]]:
     for u, s, v in list(zip(*triple, strict=True))[:rank]:
         sizes = sorted(map(abs, v))
         if len(sizes) > 1 and sizes[-1] - sizes[-2] < Fraction(1, 50):
-            raise ValueError("two entries of a right singular vector are nearly as large")
+            raise Unclear("two entries of a right singular vector are nearly as large")
         sign = 1 if max(v, key=abs) > 0 else -1
         A.append([sign * root(s) * x for x in u])
         B.append([sign * root(s) * x for x in v])
@@ -78,7 +79,7 @@ def rank_of(shape: tuple[int, int], ratio: float) -> int:
     exact = Fraction(ratio) * shape[0] * shape[1] / (shape[0] + shape[1])
     whole = exact.numerator // exact.denominator
     if exact != whole and min(exact - whole, whole + 1 - exact) < Fraction(1, 1000):
-        raise ValueError(f"rank {float(exact)} is nearly an integer")
+        raise Unclear(f"rank {float(exact)} is nearly an integer")
     return whole
 
 

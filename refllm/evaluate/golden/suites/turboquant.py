@@ -5,7 +5,15 @@ from fractions import Fraction
 from itertools import pairwise
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, dyadic_recipe, f16_margin, first_clear, pack_low_first, to_f16
+from refllm.evaluate.golden.suites.exact import (
+    Unclear,
+    dyadic,
+    dyadic_recipe,
+    f16_margin,
+    first_clear,
+    pack_low_first,
+    to_f16,
+)
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -30,7 +38,7 @@ def _table(bits: int) -> list[Fraction]:
 
 def _stored(x: Fraction) -> Fraction:
     if x and f16_margin(x) < MARGIN:
-        raise ValueError("a norm lies near the middle of two float16")
+        raise Unclear("a norm lies near the middle of two float16")
     return to_f16(x)
 
 
@@ -45,14 +53,14 @@ def _vector(x: list[Fraction], S: list, bits: int) -> dict:
     turned = [2 * _dot(row, unit) for row in HALVES]  # sqrt(4)
     middles = [(a + b) / 2 for a, b in pairwise(table)]
     if norm and min(abs(y - m) for y in turned for m in middles) < MARGIN:
-        raise ValueError("a number lies near the middle of two centroids")
+        raise Unclear("a number lies near the middle of two centroids")
     codes = [sum(y > m for m in middles) for y in turned]
     columns = list(zip(*HALVES, strict=True))
     back = [_dot(column, [table[c] for c in codes]) / 2 for column in columns]
     rest = [u - b for u, b in zip(unit, back, strict=True)]
     products = [_dot(row, rest) for row in S]
     if min(map(abs, products)) < MARGIN:
-        raise ValueError("a sign is close")
+        raise Unclear("a sign is close")
     size = _root(_dot(rest, rest))
     signs = [int(p >= 0) for p in products]
     pull = _root(Fraction("3.14159265358979323846") / 2) / 4 * size

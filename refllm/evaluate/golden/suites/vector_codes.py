@@ -5,7 +5,7 @@ from collections import Counter
 from fractions import Fraction
 
 from refllm.evaluate.golden.build import CaseSpec, Output, SuiteSpec, manifest_head, values
-from refllm.evaluate.golden.suites.exact import dyadic, first_clear
+from refllm.evaluate.golden.suites.exact import Unclear, dyadic, first_clear
 from refllm.evaluate.golden.suites.rtn_notes import note
 
 BITS = {"class": "bits"}
@@ -143,7 +143,7 @@ def _search_case(id, comment, flags, w, h, books, codes, scale) -> CaseSpec:
     exact = lambda nested: [exact(x) for x in nested] if isinstance(nested, list) else Fraction(nested)
     found, total, margin = search(exact(w), exact(h), exact(books), codes, exact(scale))
     if margin < Fraction(1, 1 << 20):
-        raise ValueError("two candidates are nearly alike")
+        raise Unclear("two candidates are nearly alike")
     inputs = {
         "w": values("f32", w), "h": values("f64", h), "books": values("f32", books), "codes": values("u8", codes),
         "scale": values("f32", [[s] for s in scale]),
